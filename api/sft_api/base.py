@@ -6,9 +6,14 @@ from pydantic import BaseModel, ConfigDict
 from pydantic.alias_generators import to_camel
 
 
+def camel(name: str) -> str:
+    """The field's name on the wire: `max_tokens_per_gpu` is `maxTokensPerGPU`."""
+    return to_camel(name).replace("PerGpu", "PerGPU")
+
+
 class ApiModel(BaseModel):
     model_config = ConfigDict(
-        alias_generator=to_camel,
+        alias_generator=camel,
         populate_by_name=True,
         extra="forbid",
         frozen=True,

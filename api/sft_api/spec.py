@@ -121,7 +121,7 @@ class BatchOverrides(ApiModel):
 
     effective_batch_size: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
     """Samples in one optimizer step, exactly, whatever the number of GPUs. The last step of an epoch takes the remainder."""
-    max_tokens_per_gpu: Annotated[int, Field(ge=1, le=4_194_304, alias="maxTokensPerGPU")] | None = None
+    max_tokens_per_gpu: Annotated[int, Field(ge=1, le=4_194_304)] | None = None
     """Capacity of one micro-batch in tokens: a matter of memory, not of mathematics. Unset: maxSequenceLength."""
     max_sequence_length: Annotated[int, Field(ge=8, le=1_048_576)] | None = None
     """Longest sample in tokens."""
