@@ -13,9 +13,20 @@ from pydantic import Field, StringConstraints
 
 from sft_api.base import ApiModel
 
-Uri = Annotated[str, StringConstraints(min_length=6, max_length=1024, pattern=r"^(file|s3|gs|az|hf)://[^\s]+$")]
-StoreUri = Annotated[str, StringConstraints(min_length=6, max_length=1024, pattern=r"^(file|s3|gs|az)://[^\s]+$")]
-Name = Annotated[str, StringConstraints(min_length=1, max_length=40, pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$")]
+URI_PATTERN = r"^(file://\S+|(s3|gs|az|hf)://[^/\s]+/\S+)$"
+MODEL_URI_PATTERN = r"^(file://\S+|(s3|gs|az)://[^/\s]+/\S+|hf://[^/@\s]+/[^/@\s]+)$"
+DATA_URI_PATTERN = (
+    r"^(file://|(s3|gs|az)://[^/\s]+/|hf://datasets/[^/\s]+/[^/\s]+/)"
+    r"\S*(\.jsonl|\.jsonl\.gz|\.jsonl\.zst|\.parquet|[*?\]])$"
+)
+STORE_URI_PATTERN = r"^(file://[^\s*?\[]+|(s3|gs|az)://[^/\s*?\[]+(/[^\s*?\[]*)?)$"
+NAME_PATTERN = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"
+
+Uri = Annotated[str, StringConstraints(max_length=1024, pattern=URI_PATTERN)]
+ModelUri = Annotated[str, StringConstraints(max_length=1024, pattern=MODEL_URI_PATTERN)]
+DataUri = Annotated[str, StringConstraints(max_length=1024, pattern=DATA_URI_PATTERN)]
+StoreUri = Annotated[str, StringConstraints(max_length=1024, pattern=STORE_URI_PATTERN)]
+Name = Annotated[str, StringConstraints(max_length=40, pattern=NAME_PATTERN)]
 Token = Annotated[str, StringConstraints(min_length=1, max_length=128)]
 
 
@@ -89,15 +100,17 @@ class ChatTemplate(ApiModel):
     uri: Uri | None = None
     """An object that holds the Jinja source of the template."""
     special_tokens: Annotated[list[Token], Field(max_length=64)] = []
-    """Special tokens that an inline template or one at a URI needs; those the tokenizer lacks are added and the embeddings resized."""
+    """Special tokens that an inline template or one at a URI needs; those the tokenizer lacks are added and the
+    embeddings resized."""
     end_of_turn: Token | None = None
-    """The token that ends the assistant's turn; it becomes the model's end of sequence. A template given inline or by URI needs it unless the tokenizer's own end of sequence ends its turns."""
+    """The token that ends the assistant's turn; it becomes the model's end of sequence. A template given inline or by
+    URI needs it unless the tokenizer's own end of sequence ends its turns."""
 
 
 class Model(ApiModel):
     """The model to fine-tune."""
 
-    uri: Uri
+    uri: ModelUri
     """A Hugging Face model folder: hf://owner/name, s3://, gs://, az:// or file://."""
     revision: Annotated[str, StringConstraints(min_length=1, max_length=128)] | None = None
     """Branch, tag or commit of an hf:// model (unset: main). An error with any other scheme."""
@@ -110,8 +123,9 @@ class Model(ApiModel):
 class DataSource(ApiModel):
     """Some of a phase's data."""
 
-    uri: Uri
-    """One file, or a glob (`*`, `?`, `[…]`, `**`) of files: .jsonl, .jsonl.gz, .jsonl.zst or .parquet."""
+    uri: DataUri
+    """One file, or a glob (`*`, `?`, `[…]`, `**`) of files: .jsonl, .jsonl.gz, .jsonl.zst or .parquet, at file://,
+    s3://, gs://, az:// or hf://datasets/owner/name/."""
     format: DataFormat = DataFormat.MESSAGES
     """Messages: conversations in the field `messages`. Pretraining: documents in the field `text`."""
 
@@ -120,15 +134,19 @@ class BatchOverrides(ApiModel):
     """How samples become optimizer steps. What is left out comes from the recipe."""
 
     effective_batch_size: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
-    """Samples in one optimizer step, exactly, whatever the number of GPUs. The last step of an epoch takes the remainder."""
+    """Samples in one optimizer step, exactly, whatever the number of GPUs. The last step of an epoch takes the
+    remainder."""
     max_tokens_per_gpu: Annotated[int, Field(ge=1, le=4_194_304)] | None = None
-    """Capacity of one micro-batch in tokens: a matter of memory, not of mathematics. Unset: maxSequenceLength."""
+    """Capacity of one micro-batch in tokens: a matter of memory, not of mathematics. At least maxSequenceLength.
+    Unset: 16384, or maxSequenceLength where that is more."""
     max_sequence_length: Annotated[int, Field(ge=8, le=1_048_576)] | None = None
-    """Longest sample in tokens."""
+    """Longest sample in tokens. Unset: 4096."""
     overlong: Overlong | None = None
-    """What becomes of a longer sample: Truncate keeps its beginning, Drop leaves it out, Fail stops the job. Counted, never silent."""
+    """What becomes of a longer sample: Truncate keeps its beginning, Drop leaves it out, Fail stops the job. Counted,
+    never silent."""
     packing: Packing | None = None
-    """Packed: samples side by side without padding. Padded: the paper's padded variant, for models whose attention cannot keep packed samples apart. Auto: Packed where the self-test passes, else Padded."""
+    """Packed: samples side by side without padding. Padded: the paper's padded variant, for models whose attention
+    cannot keep packed samples apart. Auto: Packed where the self-test passes, else Padded."""
 
 
 class Warmup(ApiModel):
@@ -206,8 +224,8 @@ class Validation(ApiModel):
 
     fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Share of the training samples to hold out, chosen by their content: equal samples are all held out or none."""
-    uri: Uri | None = None
-    """Samples of their own, as a phase's data."""
+    uri: DataUri | None = None
+    """Samples of their own: one file or a glob, as a phase's data."""
     format: DataFormat | None = None
     """The format at uri (unset: Messages). An error with fraction."""
     every: Interval | None = None
@@ -270,7 +288,8 @@ class SFTJobSpec(ApiModel):
     recipe: Recipe = Recipe.LAB
     """A preset from Table 1 of "Unveiling the Secret Recipe" (ICLR 2025); every other field overrides it."""
     strategy: Strategy = Strategy.STACKED
-    """Stacked: the data of all phases as one. Phased: one phase after another. ByLength: all data, the shorter half, then the longer."""
+    """Stacked: the data of all phases as one. Phased: one phase after another. ByLength: all data, the shorter half,
+    then the longer."""
     phases: Annotated[list[Phase], Field(min_length=1, max_length=32)]
     """The data, in phases."""
     epochs: Annotated[int, Field(ge=1, le=10_000)] | None = None
