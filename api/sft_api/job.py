@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import StringConstraints
+from pydantic import Field, StringConstraints
 
 from sft_api.base import ApiModel
 from sft_api.spec import SFTJobSpec
@@ -19,9 +19,12 @@ API_VERSION: Literal["sftjob.dev/v1alpha1"] = "sftjob.dev/v1alpha1"
 JOB_NAME_PATTERN = r"^[a-z]([-a-z0-9]*[a-z0-9])?$"
 JobName = Annotated[str, StringConstraints(max_length=40, pattern=JOB_NAME_PATTERN)]
 
+SERVER = Field(json_schema_extra={"readOnly": True})
+"""Let through where an object was read from a cluster; not offered to people."""
+
 
 class Metadata(ApiModel):
-    """Kubernetes' ObjectMeta. Only the name means anything on a laptop; what else an API server writes is let through."""
+    """Kubernetes' ObjectMeta. On a laptop only the name means anything; what an API server writes is let through."""
 
     name: JobName
     """Name of the job, unique in its namespace: a lower-case letter, then letters, digits and hyphens, at most 40.
@@ -32,27 +35,27 @@ class Metadata(ApiModel):
     """Labels, for selecting jobs."""
     annotations: dict[str, str] = {}
     """Annotations, for tools."""
-    uid: str | None = None
+    uid: Annotated[str | None, SERVER] = None
     """Written by the API server."""
-    resource_version: str | None = None
+    resource_version: Annotated[str | None, SERVER] = None
     """Written by the API server."""
-    generation: int | None = None
+    generation: Annotated[int | None, SERVER] = None
     """Written by the API server: counts changes of the spec."""
-    creation_timestamp: datetime | None = None
+    creation_timestamp: Annotated[datetime | None, SERVER] = None
     """Written by the API server."""
-    deletion_timestamp: datetime | None = None
+    deletion_timestamp: Annotated[datetime | None, SERVER] = None
     """Written by the API server."""
-    deletion_grace_period_seconds: int | None = None
+    deletion_grace_period_seconds: Annotated[int | None, SERVER] = None
     """Written by the API server."""
-    generate_name: str | None = None
-    """Used by the API server to make up the name."""
-    finalizers: list[str] = []
-    """Kept by controllers."""
-    owner_references: list[dict[str, Any]] = []
-    """Objects whose deletion deletes this one."""
-    managed_fields: list[dict[str, Any]] = []
+    generate_name: Annotated[str | None, SERVER] = None
+    """Used by the API server to make up a name."""
+    finalizers: Annotated[list[str], SERVER] = []
+    """Written by controllers."""
+    owner_references: Annotated[list[dict[str, Any]], SERVER] = []
+    """Written by controllers: objects whose deletion deletes this one."""
+    managed_fields: Annotated[list[dict[str, Any]], SERVER] = []
     """Written by the API server."""
-    self_link: str | None = None
+    self_link: Annotated[str | None, SERVER] = None
     """Written by old API servers."""
 
 
@@ -67,5 +70,5 @@ class SFTJob(ApiModel):
     """Name, labels and annotations, as on any Kubernetes object."""
     spec: SFTJobSpec
     """What to train, on what, how, and where the result goes."""
-    status: SFTJobStatus | None = None
+    status: Annotated[SFTJobStatus | None, SERVER] = None
     """What the operator has seen. Written by the operator alone."""

@@ -38,6 +38,8 @@ EPS = 1e-8
 WEIGHT_DECAY = 0.0
 MAX_GRAD_NORM = 1.0
 
+NO_WARMUP = Warmup(steps=0)
+
 
 @dataclass(frozen=True)
 class Preset:
@@ -46,7 +48,7 @@ class Preset:
     effective_batch_size: int | None = None
     learning_rate: float | None = None
     epochs: int | None = None
-    warmup: Warmup = Warmup(steps=0)
+    warmup: Warmup = NO_WARMUP
     schedule: LearningRateSchedule = LearningRateSchedule.CONSTANT
 
 

@@ -166,7 +166,7 @@ class OptimizerOverrides(ApiModel):
     schedule: LearningRateSchedule | None = None
     """What the learning rate does after the warm-up, to the end of the phase: stay, or decay to zero."""
     warmup: Warmup | None = None
-    """How the learning rate rises at the start of a phase."""
+    """How the learning rate rises at the start of a phase. Exactly one of steps and ratio."""
     betas: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(min_length=2, max_length=2)] | None = None
     """Decay rates of Adam's two moments."""
     eps: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -229,7 +229,8 @@ class Validation(ApiModel):
     format: DataFormat | None = None
     """The format at uri (unset: Messages). An error with fraction."""
     every: Interval | None = None
-    """How often to score, besides before the first step and at each phase's end. Unset: only then."""
+    """How often to score, besides before the first step and at each phase's end: exactly one of steps and samples.
+    Unset: only then."""
 
 
 class Trainer(ApiModel):
@@ -266,7 +267,8 @@ class Checkpoints(ApiModel):
     uri: StoreUri
     """Prefix in an object store, of this job alone."""
     every: CheckpointInterval = CheckpointInterval(steps=100)
-    """How often to commit a checkpoint, besides at each phase's end and on SIGTERM."""
+    """How often to commit a checkpoint, besides at each phase's end and on SIGTERM: exactly one of steps, samples and
+    minutes."""
     keep: Keep = Keep()
     """Which complete checkpoints to keep. May change while the job runs."""
     export: Export = Export.PHASE_END
@@ -295,7 +297,7 @@ class SFTJobSpec(ApiModel):
     epochs: Annotated[int, Field(ge=1, le=10_000)] | None = None
     """Passes over the data. Unset: the recipe's."""
     validation: Validation | None = None
-    """Data held out of training."""
+    """Data held out of training, scored as exactly as the training loss. Exactly one of fraction and uri."""
     batch: BatchOverrides = BatchOverrides()
     """How samples become optimizer steps."""
     optimizer: OptimizerOverrides = OptimizerOverrides()
