@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from sft_api.base import ApiModel
 from sft_api.crd import MUTABLE
 from sft_api.job import API_VERSION, SFTJob
 from sft_api.recipes import BETAS, EPS, MAX_GRAD_NORM, PRESETS, WEIGHT_DECAY
@@ -32,7 +33,6 @@ def reference() -> str:
     parts = [HEADER, recipe_table(), rule_list()]
     parts.extend(sections(root["metadata"], "metadata"))
     parts.extend(sections(root["spec"], "spec"))
-    parts.append("## Status\n\nWritten by the operator alone.\n")
     parts.extend(sections(root["status"], "status"))
     return "\n".join(parts)
 
@@ -64,12 +64,19 @@ def row(name: str, schema: Schema, path: str, *, required: bool) -> str:
     return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
 
 
+TYPES = {
+    "string": "text",
+    "object": "mapping",
+    "boolean": "true or false",
+    "integer": "whole number",
+    "number": "number",
+}
+
+
 def type_of(schema: Schema) -> str:
     if schema["type"] == "array":
         return f"list of {type_of(schema['items'])}"
-    return {"string": "text", "object": "mapping", "boolean": "true or false", "integer": "whole number"}.get(
-        schema["type"], schema["type"]
-    )
+    return "time" if schema.get("format") == "date-time" else TYPES[schema["type"]]
 
 
 def default_of(schema: Schema) -> str:
@@ -102,17 +109,19 @@ def recipe_table() -> str:
         "|---|---|---|---|---|---|",
     ]
     for recipe, preset in PRESETS.items():
-        values = (preset.effective_batch_size, preset.learning_rate, preset.epochs)
-        batch, rate, epochs = (
-            "required" if value is None else f"{value:,}" if isinstance(value, int) else str(value) for value in values
-        )
-        lines.append(f"| `{recipe}` | {batch} | {rate} | {warmup_text(preset.warmup)} | {preset.schedule} | {epochs} |")
+        size, rate, epochs = map(figure, (preset.effective_batch_size, preset.learning_rate, preset.epochs))
+        lines.append(f"| `{recipe}` | {size} | {rate} | {warmup_text(preset.warmup)} | {preset.schedule} | {epochs} |")
     lines += [
         "",
-        f"In all of them: betas {list(BETAS)}, eps {EPS:g}, weightDecay {WEIGHT_DECAY:g}, maxGradNorm {MAX_GRAD_NORM:g},",
-        "overlong Truncate, packing Auto. The paper also used 7,680 samples a step with LAB.",
+        f"In all of them: betas {list(BETAS)}, eps {figure(EPS)}, weightDecay {WEIGHT_DECAY:g},",
+        f"maxGradNorm {MAX_GRAD_NORM:g}. The paper also used 7,680 samples a step with LAB.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def figure(value: float | None) -> str:
+    """A number as one writes it in a manifest: 2e-5, 3840."""
+    return "required" if value is None else f"{value:g}".replace("e-0", "e-")
 
 
 def warmup_text(warmup: Warmup) -> str:
@@ -123,13 +132,13 @@ def warmup_text(warmup: Warmup) -> str:
 
 def rule_list() -> str:
     """The rules across fields."""
-    places = {SFTJob: "", **{model: f"`{path}`: " for path, model in model_places("", SFTJob)}}
+    places = {model: path for path, model in model_places("", SFTJob)}
     lines = ["## Rules across fields", ""]
-    lines.extend(f"- {places[rule.model]}{rule.message}" for rule in RULES)
+    lines.extend(f"- `{places[rule.model]}`: {rule.message}" for rule in RULES)
     return "\n".join(lines) + "\n"
 
 
-def model_places(path: str, model: type[Any]) -> Iterator[tuple[str, type[Any]]]:
+def model_places(path: str, model: type[ApiModel]) -> Iterator[tuple[str, type[ApiModel]]]:
     """Every model in `model` with the path of one field that holds it: the last that is met, the shallowest."""
     for name, nested in nested_models(model).items():
         place = f"{path}.{name}" if path else name

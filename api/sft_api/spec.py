@@ -16,7 +16,7 @@ from sft_api.base import ApiModel
 URI_PATTERN = r"^(file://\S+|(s3|gs|az|hf)://[^/\s]+/\S+)$"
 MODEL_URI_PATTERN = r"^(file://\S+|(s3|gs|az)://[^/\s]+/\S+|hf://[^/@\s]+/[^/@\s]+)$"
 DATA_URI_PATTERN = (
-    r"^(file://|(s3|gs|az)://[^/\s]+/|hf://datasets/[^/\s]+/[^/\s]+/)"
+    r"^(file://|(s3|gs|az)://[^/\s]+/|hf://(datasets/)?[^/\s]+/[^/\s]+/)"
     r"\S*(\.jsonl|\.jsonl\.gz|\.jsonl\.zst|\.parquet|[*?\]])$"
 )
 STORE_URI_PATTERN = r"^(file://[^\s*?\[]+|(s3|gs|az)://[^/\s*?\[]+(/[^\s*?\[]*)?)$"

@@ -13,7 +13,7 @@ PHRASES = {
     spec.MODEL_URI_PATTERN: "the URI of a model folder: hf://OWNER/NAME, file://PATH, or s3://, gs:// or az:// with "
     "bucket and path",
     spec.DATA_URI_PATTERN: "the URI of a .jsonl, .jsonl.gz, .jsonl.zst or .parquet file, or a glob that ends in "
-    "*, ? or ]: file://PATH, s3://, gs:// or az:// with bucket and path, or hf://datasets/OWNER/NAME/PATH",
+    "*, ? or ]: file://PATH, s3://, gs:// or az:// with bucket and path, or hf://OWNER/NAME/PATH",
     spec.STORE_URI_PATTERN: "the URI of a folder to write to: file://PATH, or s3://, gs:// or az:// with a bucket",
     spec.NAME_PATTERN: "at most 40 lower-case letters, digits and hyphens, a hyphen neither first nor last",
     job.JOB_NAME_PATTERN: "at most 40 lower-case letters, digits and hyphens, first a letter, last no hyphen",
