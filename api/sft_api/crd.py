@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+from sft_api import generated
 from sft_api.base import ApiModel
 from sft_api.job import GROUP, JOB_NAME_PATTERN, KIND, VERSION, SFTJob
 from sft_api.rules import rules_of
@@ -170,14 +170,5 @@ def as_yaml() -> str:
     return HEADER + text
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Writes the CustomResourceDefinition of SFTJob.")
-    parser.add_argument("file", type=Path, nargs="?", default=FILE, help=f"where to (default: {FILE})")
-    file: Path = parser.parse_args().file
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(as_yaml())
-    print(file)
-
-
 if __name__ == "__main__":
-    main()
+    generated.main(FILE, as_yaml(), "sft_api.crd")

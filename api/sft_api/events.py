@@ -1,4 +1,4 @@
-"""What a run says while it goes on: one JSON object a line, from the trainer to `sft run` and into the metrics files."""
+"""What a run says while it goes on: a JSON object a line, from the trainer to `sft run` and into the metrics files."""
 
 from __future__ import annotations
 

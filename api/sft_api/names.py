@@ -4,7 +4,10 @@
         data/<fingerprint>/…                   prepared data, unless spec.preparedData says elsewhere
         ckpt/<step>/<attempt>/…                state, then MANIFEST.json, then COMPLETE
         export/<phase>/…                       a Hugging Face model, then MANIFEST.json, then COMPLETE
-        metrics/attempt-<n>.jsonl
+        prepared.json                          which prepared data is this job's
+        attempts/<n>.json                      who took the number n
+        metrics/attempt-<n>.jsonl              a line for each step
+        events/attempt-<n>.jsonl               a line for everything else that happened
         report.html
 
 Keys are relative to the store that is opened at the URI; a prefix ends in a slash.
@@ -20,10 +23,14 @@ MANIFEST = "MANIFEST.json"
 DATA = "data"
 CHECKPOINTS = "ckpt/"
 EXPORTS = "export/"
+PREPARED = "prepared.json"
+ATTEMPTS = "attempts/"
 METRICS = "metrics/"
+EVENTS = "events/"
 REPORT = "report.html"
 
 _CHECKPOINT = re.compile(r"^ckpt/(\d{8,})/(\d+)(?:/|$)")
+_ATTEMPT = re.compile(r"^attempts/(\d+)\.json$")
 _METRICS = re.compile(r"^metrics/attempt-(\d+)\.jsonl$")
 
 
@@ -67,4 +74,20 @@ def metrics(attempt: int) -> str:
 def parse_metrics(key: str) -> int | None:
     """Attempt of a metrics key; none where it is something else."""
     match = _METRICS.match(key)
+    return int(match[1]) if match else None
+
+
+def events(attempt: int) -> str:
+    """Key of what else happened in an attempt: JSON lines."""
+    return f"{EVENTS}attempt-{attempt}.jsonl"
+
+
+def attempt(number: int) -> str:
+    """Key that is created once by the attempt of that number."""
+    return f"{ATTEMPTS}{number}.json"
+
+
+def parse_attempt(key: str) -> int | None:
+    """Number of an attempt's key; none where it is something else."""
+    match = _ATTEMPT.match(key)
     return int(match[1]) if match else None

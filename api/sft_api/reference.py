@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from sft_api import generated
 from sft_api.base import ApiModel
 from sft_api.crd import MUTABLE
 from sft_api.job import API_VERSION, SFTJob
@@ -146,14 +146,5 @@ def model_places(path: str, model: type[ApiModel]) -> Iterator[tuple[str, type[A
         yield place, nested
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Writes the reference of every field of SFTJob.")
-    parser.add_argument("file", type=Path, nargs="?", default=FILE, help=f"where to (default: {FILE})")
-    file: Path = parser.parse_args().file
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(reference())
-    print(file)
-
-
 if __name__ == "__main__":
-    main()
+    generated.main(FILE, reference(), "sft_api.reference")

@@ -41,7 +41,7 @@ def shown(value: object) -> str:
     if isinstance(value, Mapping):
         return f"a mapping ({', '.join(list(map(str, value))[:3])}{', …' if len(value) > 3 else ''})" if value else "{}"
     if isinstance(value, list):
-        return f"a list of {len(value)} elements" if value else "an empty list"
+        return f"a list of {len(value)} element{'s' if len(value) > 1 else ''}" if value else "an empty list"
     return json.dumps(value, default=str)
 
 

@@ -1,0 +1,416 @@
+"""Manifests that are refused, with every line `sft validate` prints for them, and some that are not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tests.api.jobs import GONE
+
+NAME = "at most 40 lower-case letters, digits and hyphens"
+DATA_URI = (
+    "the URI of a .jsonl, .jsonl.gz, .jsonl.zst or .parquet file, or a glob that ends in *, ? or ]: "
+    "file://PATH, s3://, gs:// or az:// with bucket and path, or hf://OWNER/NAME/PATH"
+)
+MODEL_URI = "the URI of a model folder: hf://OWNER/NAME, file://PATH, or s3://, gs:// or az:// with bucket and path"
+STORE_URI = "the URI of a folder to write to: file://PATH, or s3://, gs:// or az:// with a bucket"
+BATCH_FIELDS = "effectiveBatchSize, maxTokensPerGPU, maxSequenceLength, overlong, packing"
+FIT = "a sample has to fit into one micro-batch; raise maxTokensPerGPU or lower maxSequenceLength"
+STACKED = "cannot be obeyed under strategy Stacked (the default), which trains on the data of all phases as one"
+
+BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "another version": (
+        {"apiVersion": "sftjob.dev/v1"},
+        ['apiVersion: "sftjob.dev/v1" is not allowed; allowed: sftjob.dev/v1alpha1; did you mean sftjob.dev/v1alpha1?'],
+    ),
+    "kind in the wrong case": (
+        {"kind": "SftJob"},
+        ['kind: "SftJob" is not allowed; allowed: SFTJob; did you mean SFTJob?'],
+    ),
+    "name with capitals": (
+        {"metadata.name": "Granite_LAB"},
+        [f'metadata.name: "Granite_LAB" is not allowed; allowed: {NAME}, first a letter, last no hyphen'],
+    ),
+    "name of 41 characters": (
+        {"metadata.name": "a" * 41},
+        [f'metadata.name: "{"a" * 41}" is not allowed; allowed: {NAME}, first a letter, last no hyphen'],
+    ),
+    "name that begins with a digit": (
+        {"metadata.name": "7b"},
+        [f'metadata.name: "7b" is not allowed; allowed: {NAME}, first a letter, last no hyphen'],
+    ),
+    "no model and no phases": (
+        {"spec.model": GONE, "spec.phases": GONE},
+        [
+            "spec.model: is required and missing; give a mapping with the fields "
+            "uri (required), revision, trustRemoteCode, chatTemplate",
+            "spec.phases: is required and missing; give a list of 1 to 32 elements",
+        ],
+    ),
+    "model without a scheme": (
+        {"spec.model.uri": "granite"},
+        [f'spec.model.uri: "granite" is not allowed; allowed: {MODEL_URI}'],
+    ),
+    "model by its web page": (
+        {"spec.model.uri": "https://huggingface.co/ibm-granite/granite-3.1-2b-base"},
+        [
+            'spec.model.uri: "https://huggingface.co/ibm-granite/granite-3.1-2b-base" is not allowed; '
+            f"allowed: {MODEL_URI}"
+        ],
+    ),
+    "model with its revision in the URI": (
+        {"spec.model.uri": "hf://ibm-granite/granite-3.1-2b-base@main"},
+        [f'spec.model.uri: "hf://ibm-granite/granite-3.1-2b-base@main" is not allowed; allowed: {MODEL_URI}'],
+    ),
+    "revision of a model in a bucket": (
+        {"spec.model": {"uri": "s3://lab/granite", "revision": "main"}},
+        [
+            "spec.model.revision: cannot be obeyed: s3://lab/granite is not at hf://, and only models there have "
+            "revisions; remove it"
+        ],
+    ),
+    "template given twice": (
+        {"spec.model.chatTemplate": {"name": "ChatML", "uri": "s3://lab/template.jinja"}},
+        ["spec.model.chatTemplate: gives both name and uri; give exactly one of name, inline and uri"],
+    ),
+    "template given in three ways": (
+        {"spec.model.chatTemplate": {"name": "ChatML", "inline": "x", "uri": "s3://lab/template.jinja"}},
+        ["spec.model.chatTemplate: gives name, inline and uri; give exactly one of name, inline and uri"],
+    ),
+    "template that is none": (
+        {"spec.model.chatTemplate": {}},
+        ["spec.model.chatTemplate: gives none; give exactly one of name, inline and uri"],
+    ),
+    "unknown template": (
+        {"spec.model.chatTemplate": {"name": "Chat-ML"}},
+        [
+            'spec.model.chatTemplate.name: "Chat-ML" is not allowed; '
+            "allowed: ChatML, Llama3, Granite, Mistral, Zephyr; did you mean ChatML?"
+        ],
+    ),
+    "tokens for a built-in template": (
+        {"spec.model.chatTemplate": {"name": "ChatML", "specialTokens": ["<|a|>"], "endOfTurn": "<|b|>"}},
+        [
+            "spec.model.chatTemplate.specialTokens: cannot be obeyed: the built-in template ChatML brings its own; "
+            "allowed with inline or uri",
+            "spec.model.chatTemplate.endOfTurn: cannot be obeyed: the built-in template ChatML brings its own; "
+            "allowed with inline or uri",
+        ],
+    ),
+    "recipe in lower case": (
+        {"spec.recipe": "lab"},
+        ['spec.recipe: "lab" is not allowed; allowed: LAB, TULU, TULUPlusPlus, none; did you mean LAB?'],
+    ),
+    "unknown strategy": (
+        {"spec.strategy": "Curriculum"},
+        ['spec.strategy: "Curriculum" is not allowed; allowed: Stacked, Phased, ByLength'],
+    ),
+    "no phases": (
+        {"spec.phases": []},
+        ["spec.phases: an empty list is not allowed; allowed: a list of 1 to 32 elements"],
+    ),
+    "a phase that is a word": (
+        {"spec.phases[1]": "skills"},
+        [
+            'spec.phases[1]: "skills" is not allowed; allowed: a mapping with the fields '
+            "name (required), data (required), epochs, batch, optimizer"
+        ],
+    ),
+    "two phases of one name": (
+        {"spec.phases[1].name": "instruct"},
+        ['spec.phases[1].name: "instruct" is already the name of spec.phases[0]; give each phase its own'],
+    ),
+    "reserved phase name": (
+        {"spec.phases[0].name": "validation"},
+        ['spec.phases[0].name: "validation" is reserved for the held-out data; choose another name'],
+    ),
+    "phase name with an underscore": (
+        {"spec.phases[0].name": "phase_00"},
+        [f'spec.phases[0].name: "phase_00" is not allowed; allowed: {NAME}, a hyphen neither first nor last'],
+    ),
+    "data that is not a data file": (
+        {"spec.phases[1].data[0].uri": "s3://lab/skills.json"},
+        [f'spec.phases[1].data[0].uri: "s3://lab/skills.json" is not allowed; allowed: {DATA_URI}'],
+    ),
+    "data without a scheme": (
+        {"spec.phases[0].data[0].uri": "/data/instruct.jsonl"},
+        [f'spec.phases[0].data[0].uri: "/data/instruct.jsonl" is not allowed; allowed: {DATA_URI}'],
+    ),
+    "overrides in stacked phases": (
+        {"spec.phases[1].epochs": 3, "spec.phases[1].batch": {}, "spec.phases[0].optimizer": {"learningRate": 1e-5}},
+        [
+            f"spec.phases[0].optimizer: {STACKED}; set spec.optimizer instead, or spec.strategy: Phased",
+            f"spec.phases[1].epochs: {STACKED}; set spec.epochs instead, or spec.strategy: Phased",
+            f"spec.phases[1].batch: {STACKED}; set spec.batch instead, or spec.strategy: Phased",
+        ],
+    ),
+    "overrides in phases by length": (
+        {"spec.strategy": "ByLength", "spec.phases[1].epochs": 3},
+        [
+            "spec.phases[1].epochs: cannot be obeyed under strategy ByLength, which trains on the data of all phases "
+            "by length; set spec.epochs instead, or spec.strategy: Phased"
+        ],
+    ),
+    "no recipe and nothing said": (
+        {"spec.recipe": "none"},
+        [
+            "spec.epochs: is required with recipe none, which fills in nothing",
+            "spec.batch.effectiveBatchSize: is required with recipe none, which fills in nothing",
+            "spec.optimizer.learningRate: is required with recipe none, which fills in nothing",
+        ],
+    ),
+    "no recipe and one phase silent": (
+        {
+            "spec.recipe": "none",
+            "spec.strategy": "Phased",
+            "spec.epochs": 1,
+            "spec.batch": {"effectiveBatchSize": 8},
+            "spec.phases[0].optimizer": {"learningRate": 1e-5},
+        },
+        ["spec.optimizer.learningRate: is required with recipe none, which fills in nothing"],
+    ),
+    "typo": (
+        {"spec.epoch": 3},
+        [
+            "spec.epoch: is no field of spec; did you mean epochs? allowed: model (required), recipe, strategy, "
+            "phases (required), epochs, validation, batch, optimizer, trainer, preparedData, checkpoints (required), "
+            "seed"
+        ],
+    ),
+    "typo in a list": (
+        {"spec.phases[1].data[0].url": "s3://lab/skills.jsonl", "spec.phases[1].data[0].uri": GONE},
+        [
+            f"spec.phases[1].data[0].uri: is required and missing; give {DATA_URI}",
+            "spec.phases[1].data[0].url: is no field of spec.phases[1].data[0]; did you mean uri? "
+            "allowed: uri (required), format",
+        ],
+    ),
+    "field of another place": (
+        {"spec.trainer.effectiveBatchSize": 64},
+        [
+            "spec.trainer.effectiveBatchSize: is no field of spec.trainer; did you mean spec.batch.effectiveBatchSize "
+            "or spec.phases[…].batch.effectiveBatchSize? allowed: nodes, gpusPerNode, zeroStage, attention, "
+            "activationCheckpointing, precision"
+        ],
+    ),
+    "field in another spelling": (
+        {"spec.batch": {"max_sequence_length": 512}},
+        [
+            "spec.batch.max_sequence_length: is no field of spec.batch; did you mean maxSequenceLength? "
+            f"allowed: {BATCH_FIELDS}"
+        ],
+    ),
+    "a field of a later version": (
+        {"spec.lifecycle": {"maxRestarts": 3}},
+        [
+            "spec.lifecycle: is no field of spec; allowed: model (required), recipe, strategy, phases (required), "
+            "epochs, validation, batch, optimizer, trainer, preparedData, checkpoints (required), seed"
+        ],
+    ),
+    "zero epochs": (
+        {"spec.epochs": 0},
+        ["spec.epochs: 0 is not allowed; allowed: a whole number from 1 to 10000"],
+    ),
+    "half an epoch": (
+        {"spec.epochs": 0.5},
+        ["spec.epochs: 0.5 is not allowed; allowed: a whole number from 1 to 10000"],
+    ),
+    "a number in quotes": (
+        {"spec.epochs": "3"},
+        ['spec.epochs: "3" is not allowed; allowed: a whole number from 1 to 10000; write it without quotes'],
+    ),
+    "a yes in quotes": (
+        {"spec.trainer": {"activationCheckpointing": "true"}},
+        [
+            'spec.trainer.activationCheckpointing: "true" is not allowed; allowed: true or false; '
+            "write it without quotes"
+        ],
+    ),
+    "a yes where a number stands": (
+        {"spec.seed": True},
+        ["spec.seed: true is not allowed; allowed: a whole number from 0 to 2147483647"],
+    ),
+    "learning rate of zero": (
+        {"spec.optimizer": {"learningRate": 0}},
+        ["spec.optimizer.learningRate: 0 is not allowed; allowed: a number above 0 and at most 1"],
+    ),
+    "one beta": (
+        {"spec.optimizer": {"betas": [0.9]}},
+        ["spec.optimizer.betas: a list of 1 element is not allowed; allowed: a list of 2 elements"],
+    ),
+    "a beta of one": (
+        {"spec.optimizer": {"betas": [0.9, 1]}},
+        ["spec.optimizer.betas[1]: 1 is not allowed; allowed: a number at least 0 and below 1"],
+    ),
+    "warm-up said twice": (
+        {"spec.optimizer": {"warmup": {"steps": 25, "ratio": 0.03}}},
+        ["spec.optimizer.warmup: gives both steps and ratio; give exactly one of steps and ratio"],
+    ),
+    "warm-up of a phase said twice": (
+        {"spec.strategy": "Phased", "spec.phases[1].optimizer": {"warmup": {"steps": 25, "ratio": 0.03}}},
+        ["spec.phases[1].optimizer.warmup: gives both steps and ratio; give exactly one of steps and ratio"],
+    ),
+    "warm-up as a number": (
+        {"spec.optimizer": {"warmup": 25}},
+        ["spec.optimizer.warmup: 25 is not allowed; allowed: a mapping with the fields steps, ratio"],
+    ),
+    "held out twice": (
+        {"spec.validation": {"fraction": 0.1, "uri": "s3://lab/held-out.jsonl"}},
+        ["spec.validation: gives both fraction and uri; give exactly one of fraction and uri"],
+    ),
+    "nothing held out": (
+        {"spec.validation": {"every": {"steps": 5}}},
+        ["spec.validation: gives none; give exactly one of fraction and uri"],
+    ),
+    "format of a fraction": (
+        {"spec.validation": {"fraction": 0.1, "format": "Messages"}},
+        [
+            "spec.validation.format: is allowed only with uri; samples held out by fraction have the format of their "
+            "phase"
+        ],
+    ),
+    "everything held out": (
+        {"spec.validation": {"fraction": 1}},
+        ["spec.validation.fraction: 1 is not allowed; allowed: a number above 0 and below 1"],
+    ),
+    "scored in minutes": (
+        {"spec.validation": {"fraction": 0.1, "every": {"minutes": 5}}},
+        [
+            "spec.validation.every.minutes: is no field of spec.validation.every; "
+            "did you mean spec.checkpoints.every.minutes? allowed: steps, samples",
+            "spec.validation.every: gives none; give exactly one of steps and samples",
+        ],
+    ),
+    "checkpoints every two things": (
+        {"spec.checkpoints.every": {"steps": 5, "minutes": 5}},
+        ["spec.checkpoints.every: gives both steps and minutes; give exactly one of steps, samples and minutes"],
+    ),
+    "checkpoints on the Hub": (
+        {"spec.checkpoints.uri": "hf://lab/runs"},
+        [f'spec.checkpoints.uri: "hf://lab/runs" is not allowed; allowed: {STORE_URI}'],
+    ),
+    "checkpoints in a glob": (
+        {"spec.checkpoints.uri": "s3://lab/runs/*"},
+        [f'spec.checkpoints.uri: "s3://lab/runs/*" is not allowed; allowed: {STORE_URI}'],
+    ),
+    "the best without a measure": (
+        {"spec.checkpoints.keep": {"best": 1}},
+        [
+            "spec.checkpoints.keep.best: 1 needs spec.validation, whose loss ranks the checkpoints; add it, or set "
+            "best: 0"
+        ],
+    ),
+    "none kept": (
+        {"spec.checkpoints.keep": {"last": 0}},
+        ["spec.checkpoints.keep.last: 0 is not allowed; allowed: a whole number from 1 to 10000"],
+    ),
+    "a micro-batch shorter than the default sample": (
+        {"spec.batch": {"maxTokensPerGPU": 2048}},
+        [f"spec.batch.maxTokensPerGPU: 2048 is less than maxSequenceLength, 4096 by default: {FIT}"],
+    ),
+    "a micro-batch shorter than a sample": (
+        {"spec.batch": {"maxTokensPerGPU": 8192, "maxSequenceLength": 8193}},
+        [f"spec.batch.maxTokensPerGPU: 8192 is less than maxSequenceLength, 8193: {FIT}"],
+    ),
+    "a phase's micro-batch shorter than the job's sample": (
+        {"spec.strategy": "Phased", "spec.phases[1].batch": {"maxTokensPerGPU": 2048}},
+        [f"spec.phases[1].batch.maxTokensPerGPU: 2048 is less than maxSequenceLength, here 4096: {FIT}"],
+    ),
+    "a phase's sample longer than the job's micro-batch": (
+        {
+            "spec.strategy": "Phased",
+            "spec.batch": {"maxTokensPerGPU": 8192},
+            "spec.phases[1].batch": {"maxSequenceLength": 16384},
+        },
+        [f"spec.phases[1].batch.maxSequenceLength: 16384 is more than maxTokensPerGPU, 8192: {FIT}"],
+    ),
+    "attention of a GPU on the CPU": (
+        {"spec.trainer": {"gpusPerNode": 0, "attention": "Varlen"}},
+        ["spec.trainer.attention: Varlen needs a GPU, and gpusPerNode is 0; allowed: SDPA, or leave it out"],
+    ),
+    "FlashAttention in FP32": (
+        {"spec.trainer": {"precision": "FP32", "attention": "FlashAttention2"}},
+        [
+            "spec.trainer.attention: FlashAttention2 computes in BF16 only, and precision is FP32; "
+            "allowed: SDPA, or leave it out"
+        ],
+    ),
+    "ZeRO stage 0": (
+        {"spec.trainer": {"zeroStage": 0}},
+        ["spec.trainer.zeroStage: 0 is not allowed; allowed: a whole number from 1 to 3"],
+    ),
+    "many things at once": (
+        {"spec.recipe": "LABB", "spec.seed": -1, "spec.phases[1].name": "instruct", "spec.validation": {}},
+        [
+            'spec.recipe: "LABB" is not allowed; allowed: LAB, TULU, TULUPlusPlus, none; did you mean LAB?',
+            "spec.seed: -1 is not allowed; allowed: a whole number from 0 to 2147483647",
+            'spec.phases[1].name: "instruct" is already the name of spec.phases[0]; give each phase its own',
+            "spec.validation: gives none; give exactly one of fraction and uri",
+        ],
+    ),
+}
+
+GOOD: dict[str, dict[str, Any]] = {
+    "smallest": {},
+    "labels and what an API server writes": {
+        "metadata.labels": {"team": "lab"},
+        "metadata.annotations": {"note": "x"},
+        "metadata.namespace": "lab",
+        "metadata.uid": "5f0c",
+        "metadata.generation": 2,
+        "metadata.resourceVersion": "81",
+        "metadata.creationTimestamp": "2026-01-02T03:04:05Z",
+        "metadata.managedFields": [{"manager": "kubectl", "fieldsV1": {"f:spec": {}}}],
+    },
+    "a name of 40 characters": {"metadata.name": "a" * 40},
+    "nulls are not there": {"spec.optimizer": None, "spec.seed": None, "spec.checkpoints.keep": None},
+    "revision of a Hub model": {"spec.model.revision": "v1.2"},
+    "built-in template": {"spec.model.chatTemplate": {"name": "Llama3"}},
+    "template of one's own": {
+        "spec.model.chatTemplate": {"inline": "{{ x }}", "specialTokens": ["<|user|>"], "endOfTurn": "<|end|>"}
+    },
+    "template in a bucket": {"spec.model.chatTemplate": {"uri": "s3://lab/t.jinja", "endOfTurn": "<|end|>"}},
+    "globs and every scheme": {
+        "spec.phases[0].data": [
+            {"uri": uri}
+            for uri in (
+                "file://data/x.jsonl",
+                "file:///data/**/*.jsonl.gz",
+                "gs://b/x.jsonl.zst",
+                "az://c/x-?.parquet",
+                "s3://b/part-[0-9]*",
+                "hf://owner/name@main/train.jsonl",
+                "hf://datasets/owner/name/*.parquet",
+            )
+        ]
+    },
+    "documents": {"spec.phases[0].data[0].format": "Pretraining"},
+    "phased with overrides": {
+        "spec.strategy": "Phased",
+        "spec.phases[0].epochs": 7,
+        "spec.phases[0].batch": {"effectiveBatchSize": 128, "maxSequenceLength": 32768},
+        "spec.phases[1].optimizer": {"learningRate": 6e-6, "warmup": {"ratio": 0}, "state": "Reset"},
+    },
+    "by length": {"spec.strategy": "ByLength"},
+    "no recipe, all said": {
+        "spec.recipe": "none",
+        "spec.epochs": 1,
+        "spec.batch": {"effectiveBatchSize": 8},
+        "spec.optimizer": {"learningRate": 1e-5},
+    },
+    "no recipe, said by the phases": {
+        "spec.recipe": "none",
+        "spec.strategy": "Phased",
+        "spec.epochs": 1,
+        "spec.batch": {"effectiveBatchSize": 8},
+        "spec.phases[0].optimizer": {"learningRate": 1e-5},
+        "spec.phases[1].optimizer": {"learningRate": 1e-6},
+    },
+    "a whole number where a fraction may stand": {"spec.optimizer": {"learningRate": 1, "weightDecay": 0}},
+    "validation by fraction": {"spec.validation": {"fraction": 0.01, "every": {"steps": 50}}},
+    "validation by URI": {"spec.validation": {"uri": "file://held-out.parquet", "format": "Pretraining"}},
+    "the best by validation": {"spec.validation": {"fraction": 0.5}, "spec.checkpoints.keep": {"best": 2}},
+    "checkpoints by the minute": {"spec.checkpoints.every": {"minutes": 0.5}},
+    "a bucket of its own": {"spec.checkpoints.uri": "s3://granite", "spec.preparedData": {"uri": "s3://prepared/"}},
+    "a micro-batch of one sample": {"spec.batch": {"maxTokensPerGPU": 512, "maxSequenceLength": 512}},
+    "CPU": {"spec.trainer": {"gpusPerNode": 0, "precision": "FP32", "attention": "SDPA", "zeroStage": 2}},
+}
