@@ -17,7 +17,7 @@ import re
 import uuid
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from io import BufferedReader
@@ -28,8 +28,8 @@ from urllib.parse import unquote
 import obstore
 from obstore import exceptions as obstore_errors
 from obstore.store import AzureStore, GCSStore, LocalStore, S3Store
-from sft_api.run import ExitCode, RunError
 
+from sft_api.run import ExitCode, RunError
 from sft_trainer.store_errors import as_run_error
 from sft_trainer.store_reader import RangeReader
 
@@ -123,9 +123,10 @@ class Store:
     def child(self, prefix: str) -> Store:
         """The store under `prefix`."""
         child = copy.copy(self)
+        prefix = prefix.strip("/")
         child._prefix = self._key(prefix)
         child._root = self._root / prefix if self._root else None
-        child.uri = f"{self.uri}/{prefix}"
+        child.uri = f"{self.uri}/{prefix}".rstrip("/")
         return child
 
     def put(self, key: str, data: bytes | Path) -> None:
@@ -227,17 +228,13 @@ class Store:
         return sorted(self._relative(folder.rstrip("/")) for folder in found["common_prefixes"])
 
     def delete(self, keys: Iterable[str]) -> None:
-        """Delete objects, in no order. One that is not there is no error."""
+        """Delete objects, in no order; one that is not there is no error. Outlives a power cut."""
         paths = [self._key(key) for key in keys]
-        if not paths:
-            return
-        if self._root is not None:
-            with self._errors("deleting", ""):
-                for path in paths:
-                    Path("/", path).unlink(missing_ok=True)
-            return
         with self._errors("deleting", ""):
-            obstore.delete(self._backend, paths)
+            if self._root is not None:
+                _delete_files(Path("/", path) for path in paths)
+            elif paths:
+                obstore.delete(self._backend, paths)
 
     def local_path(self, key: str) -> Path | None:
         """The file that is the object, for memory-mapping without a copy: on file:// only."""
@@ -269,17 +266,19 @@ class Store:
     def sweep(self, prefix: str) -> None:
         """Remove what a killed writer left under `prefix` on file://: half-written `name#1` files, empty folders.
 
-        Only for a prefix that nobody writes to. Elsewhere there is nothing to see: parts of an upload that was never
-        completed are the business of the bucket's lifecycle rule.
+        Only for a prefix that nobody writes to; of the folders above it, those that are empty go too. Elsewhere there
+        is nothing to see: parts of an upload that was never completed are the business of the bucket's lifecycle rule.
         """
-        if self._root is None or not (self._root / prefix).is_dir():
+        if self._root is None:
             return
+        top = self._root / prefix.strip("/")
         with self._errors("deleting", prefix):
-            for folder, _, files in os.walk(self._root / prefix, topdown=False):
+            for folder, _, files in os.walk(top, topdown=False):
                 for name in filter(_ORPHAN.search, files):
                     Path(folder, name).unlink(missing_ok=True)
-                if not any(Path(folder).iterdir()):
-                    Path(folder).rmdir()
+                _remove_if_empty(Path(folder))
+            for above in self._folders_above(prefix.strip("/"))[:-2]:
+                _remove_if_empty(above)
 
     def check_writable(self) -> None:
         """Pre-flight: write, read back and delete a small object, and see that a second create is refused."""
@@ -347,6 +346,21 @@ def _remote(scheme: str, bucket: str, retry: Retry) -> _Backend:
     if scheme == "gs":
         return GCSStore(bucket, client_options=client, retry_config=retries)
     return AzureStore(bucket, client_options=client, retry_config=retries)
+
+
+def _delete_files(paths: Iterable[Path]) -> None:
+    folders = set()
+    for path in paths:
+        if path.exists():
+            path.unlink(missing_ok=True)
+            folders.add(path.parent)
+    for folder in folders:
+        _fsync(folder)
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with suppress(OSError):  # not empty, or another process was quicker
+        folder.rmdir()
 
 
 def _fsync(path: Path) -> None:
