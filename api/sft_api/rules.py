@@ -105,7 +105,7 @@ def format_is_of_the_uri(given: Given) -> Wrongs:
 
 def attention_runs_there(given: Given) -> Wrongs:
     attention = given.get("attention")
-    if attention in (None, "SDPA"):
+    if not isinstance(attention, str) or attention == "SDPA":
         return
     if count(given, "gpusPerNode") == 0:
         yield "attention", f"{attention} needs a GPU, and gpusPerNode is 0; allowed: SDPA, or leave it out"
@@ -138,7 +138,8 @@ MERGED = {
 
 def only_phased_phases_override(given: Given) -> Wrongs:
     strategy = given.get("strategy", "Stacked")
-    if strategy not in MERGED:
+    merged = MERGED.get(strategy) if isinstance(strategy, str) else None
+    if merged is None:
         return
     default = "" if "strategy" in given else " (the default)"
     for path, phase in phases(given):
@@ -146,7 +147,7 @@ def only_phased_phases_override(given: Given) -> Wrongs:
             if name in phase:
                 yield (
                     f"{path}.{name}",
-                    f"cannot be obeyed under strategy {strategy}{default}, {MERGED[strategy]}; "
+                    f"cannot be obeyed under strategy {strategy}{default}, {merged}; "
                     f"set spec.{name} instead, or spec.strategy: Phased",
                 )
 
