@@ -215,22 +215,17 @@ class LossHead(nn.Module):
 class PackedLM(nn.Module):
     """A causal language model that answers a micro-batch with its loss.
 
-    `lm` is the model; a parameter's name here is `lm.` and its name there (`model_name`). `notices` says in sentences
+    `model` is the model; a parameter's name here is `model.` and its name there. `notices` says in sentences
     what the owner of the run should know about how the loss is computed.
     """
 
     def __init__(self, model: PreTrainedModel):
         """`model` is a PreTrainedModel with whole weights on its device: its head is tried on a short sequence."""
         super().__init__()
-        self.lm = model
+        self.model = model
         form, self.head_reason = verify_head(model)
         self.head = LossHead(model.get_output_embeddings(), form) if form else None
         self.notices = [*([] if form else [self.head_reason]), *_auxiliary_loss_notice(model.config)]
-
-    @staticmethod
-    def model_name(name: str) -> str:
-        """The name in the wrapped model of a parameter of this module."""
-        return name.removeprefix("lm.")
 
     def forward(
         self,
@@ -253,9 +248,9 @@ class PackedLM(nn.Module):
         rows = (flat != IGNORED).nonzero().squeeze(1)
         targets = flat[rows]
         if self.head is None:
-            logits = self.lm(input_ids=input_ids, **arguments).logits
+            logits = self.model(input_ids=input_ids, **arguments).logits
             return _whole_logits_loss(logits.flatten(0, 1)[rows], targets, count_hits=not self.training)
-        hidden = self.lm.base_model(input_ids=input_ids, **arguments).last_hidden_state
+        hidden = self.model.base_model(input_ids=input_ids, **arguments).last_hidden_state
         result: tuple[Tensor, Tensor] = self.head(hidden.flatten(0, 1)[rows], targets)
         return result
 
