@@ -1,7 +1,7 @@
 """A real S3 server for tests: versitygw over a folder, on a free loopback port.
 
-    def test_something(s3_bucket: str) -> None:        # "s3://bucket-1", credentials and endpoint in the environment
-    def test_other(s3_server: S3Server) -> None:       # for more buckets, wrong keys, a read-only view, kill and restart
+    def test_something(s3_bucket: str) -> None:      # "s3://bucket-1", credentials and endpoint in the environment
+    def test_other(s3_server: S3Server) -> None:     # for more buckets, a read-only view, kill and restart
 
 `tests/tools/build_tools.sh` builds the server. Where it is missing these tests skip, and under CI they fail.
 """
@@ -77,9 +77,9 @@ class S3Server:
         """Begin to serve, on the same port as ever; returns when connections are taken."""
         keys = ["--access", self.access_key, "--secret", self.secret_key]
         mode = ["--readonly"] if self._read_only else []
-        command = [versitygw(), "--port", f"127.0.0.1:{self.port}", "--quiet", *keys, *mode, "posix", self.folder]
+        serve = ["--port", f"127.0.0.1:{self.port}", "--quiet", *keys, *mode, "posix", str(self.folder)]
         with (self.folder.parent / "versitygw.log").open("ab") as log:
-            self._process = subprocess.Popen(command, stdout=log, stderr=log)
+            self._process = subprocess.Popen([str(versitygw()), *serve], stdout=log, stderr=log)
         self._await_port()
 
     def kill(self) -> None:

@@ -30,7 +30,7 @@ from obstore import exceptions as obstore_errors
 from obstore.store import AzureStore, GCSStore, LocalStore, S3Store
 
 from sft_api.run import ExitCode, RunError
-from sft_trainer.store_errors import as_run_error
+from sft_trainer.store_errors import as_run_error, is_missing_object
 from sft_trainer.store_reader import RangeReader
 
 if TYPE_CHECKING:
@@ -317,9 +317,9 @@ def _converted(doing: str, uri: str, path: str | None) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
-        # A missing bucket comes as a missing object, told apart by the words of the answer.
-        run_error = as_run_error(error, doing, path)
-        raise (run_error if run_error.code == ExitCode.STORE_REFUSED else ObjectMissing(uri)) from error
+        if is_missing_object(error):
+            raise ObjectMissing(uri) from error
+        raise as_run_error(error, doing, path, refused=True) from error
     except (
         obstore_errors.PermissionDeniedError,
         obstore_errors.UnauthenticatedError,

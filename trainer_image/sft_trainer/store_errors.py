@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from sft_api.run import ExitCode, RunError
 
 MAX_WORDS = 400
+_MISSING_OBJECT = ("NoSuchKey", "BlobNotFound", "NotFound")
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ _REFUSALS = (
     ),
     _refusal(
         r"InvalidAccessKeyId|SignatureDoesNotMatch|ExpiredToken|InvalidToken|TokenRefreshRequired|"
-        r"AuthenticationFailed|invalid_grant|RequestTimeTooSkewed",
+        r"AuthenticationFailed|invalid_grant|RequestTimeTooSkewed|UserNotFound",
         "The credentials are wrong or have expired: check the keys in the environment, and this machine's clock.",
     ),
     _refusal(
@@ -91,6 +92,12 @@ def own_words(error: BaseException) -> str:
         text += f" ({message[1]})" if message and message[1] else ""
     text = " ".join(text.split())
     return text if len(text) <= MAX_WORDS else text[:MAX_WORDS] + " …"
+
+
+def is_missing_object(error: FileNotFoundError) -> bool:
+    """Whether a "not found" is about the object; stores say it of buckets and of users too."""
+    code = re.search(r"<Code>(.*?)</Code>", str(error))
+    return code[1] in _MISSING_OBJECT if code else "bucket does not exist" not in str(error)
 
 
 def as_run_error(error: BaseException, doing: str, path: str | None, *, refused: bool = False) -> RunError:
