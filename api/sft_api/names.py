@@ -40,9 +40,8 @@ def prepared_data_uri(checkpoints_uri: str) -> str:
 
 
 def without_slash(uri: str) -> str:
-    """`uri` without slashes at its end; the two of `file://` stay."""
-    stripped = uri.rstrip("/")
-    return uri if stripped.endswith(":") else stripped
+    """`uri` without slashes at its end."""
+    return uri.rstrip("/")
 
 
 def prepared(fingerprint: str) -> str:

@@ -19,7 +19,7 @@ DATA_URI_PATTERN = (
     r"^(file://|(s3|gs|az)://[^/\s]+/|hf://(datasets/)?[^/\s]+/[^/\s]+/)"
     r"\S*(\.jsonl|\.jsonl\.gz|\.jsonl\.zst|\.parquet|[*?\]])$"
 )
-STORE_URI_PATTERN = r"^(file://[^\s*?\[]+|(s3|gs|az)://[^/\s*?\[]+(/[^\s*?\[]*)?)$"
+STORE_URI_PATTERN = r"^(file://[^\s*?\[]*[^\s*?\[/]/*|(s3|gs|az)://[^/\s*?\[]+(/[^\s*?\[]*)?)$"
 NAME_PATTERN = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"
 
 Uri = Annotated[str, StringConstraints(max_length=1024, pattern=URI_PATTERN)]

@@ -288,6 +288,10 @@ BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"spec.checkpoints.uri": "hf://lab/runs"},
         [f'spec.checkpoints.uri: "hf://lab/runs" is not allowed; allowed: {STORE_URI}'],
     ),
+    "checkpoints in the root folder": (
+        {"spec.checkpoints.uri": "file:///"},
+        [f'spec.checkpoints.uri: "file:///" is not allowed; allowed: {STORE_URI}'],
+    ),
     "checkpoints in a glob": (
         {"spec.checkpoints.uri": "s3://lab/runs/*"},
         [f'spec.checkpoints.uri: "s3://lab/runs/*" is not allowed; allowed: {STORE_URI}'],

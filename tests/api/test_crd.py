@@ -181,7 +181,7 @@ OWN: dict[str, list[Any]] = {
 }
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=300, deadline=None, derandomize=True)
 @given(data=st.data(), case=st.sampled_from(sorted(GOOD)))
 def test_api_server_and_validate_agree_on_what_is_neither_here_nor_there(data: st.DataObject, case: str) -> None:
     """Good manifests, changed in three places with parts of the others."""
