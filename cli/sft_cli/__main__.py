@@ -55,7 +55,7 @@ def run(
 def plan(
     file: Manifest,
     gpus: Annotated[int | None, typer.Option(min=1, help="GPUs to plan for. Unset: the manifest's.")] = None,
-    gpu_memory: Annotated[float, typer.Option(min=1, help="Memory of each GPU in GiB.")] = 80,
+    gpu_memory: Annotated[float, typer.Option(min=1, help="Memory of each GPU in GB.")] = 80,
     overrides: Overrides = None,
     output: Format = Output.TEXT,
 ) -> None:

@@ -67,7 +67,7 @@ class Children:
 
     def run(self, command: Sequence[str], environment: dict[str, str]) -> int:
         """Run `command` to its end and return its exit code, 128 + n where signal n ended it."""
-        with subprocess.Popen(
+        child = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -76,17 +76,15 @@ class Children:
             encoding="utf-8",
             errors="replace",
             start_new_session=True,
-        ) as child:
-            self._child = child
-            assert child.stdout is not None
-            threading.Thread(target=self._read, args=(child.stdout,), name="trainer-output", daemon=True).start()
-            self._attend(child)
-            # Whoever the child left behind is ended: `sft` does not return while its processes still work.
-            kill_group(child.pid)
+        )
+        self._child = child
+        assert child.stdout is not None
+        threading.Thread(target=self._read, args=(child.stdout,), name="trainer-output", daemon=True).start()
+        self._attend(child)
         return child.returncode if child.returncode >= 0 else 128 - child.returncode
 
     def _read(self, output: IO[str]) -> None:
-        with suppress(ValueError):  # closed while it was read: the child has ended and was not waited for any longer
+        with output:
             for line in output:
                 self._inbox.put(Line(line.rstrip("\n")))
         self._inbox.put(EndOfOutput())
@@ -132,8 +130,3 @@ def kill_tree(pid: int) -> None:
         for process in [*root.children(recursive=True), root]:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
-
-
-def kill_group(group: int) -> None:
-    with suppress(ProcessLookupError, PermissionError):
-        os.killpg(group, signal.SIGKILL)

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Protocol, TextIO
 
-from sft_api.events import Event, PreparedMetrics, PrepareProgress, StepMetrics
+from sft_api.events import Event, Finished, PreparedMetrics, PrepareProgress, StepMetrics
 from sft_cli.samples import chosen_samples, marked
 from sft_cli.session import Session
 from sft_trainer.report import wording
@@ -65,7 +65,10 @@ class PlainDisplay:
         if isinstance(event, StepMetrics):
             if self._is_due("step") or self._is_last(event):
                 self.note(self._step(event))
-        elif not isinstance(event, PrepareProgress) or self._is_due(event.phase):
+        elif isinstance(event, PrepareProgress):
+            if self._is_due(event.phase):
+                self.note(sentence(event))
+        elif not isinstance(event, Finished):  # the closing summary says it
             self.note(sentence(event))
 
     def stage(self, name: str) -> None:

@@ -18,7 +18,6 @@ from sft_api.events import (
     CheckpointCommitted,
     Event,
     Exported,
-    Finished,
     Message,
     PreparedMetrics,
     PrepareProgress,
@@ -202,9 +201,7 @@ def told_event(event: Event) -> RenderableType | None:
             return tick(f"step {event.step:,}: model exported to {event.uri}")
         case Message():
             return Text(wording.visible(event.text), style=LEVEL_STYLES[event.level])
-        case Finished() if event.exit_code != 0:
-            return tick(f"{event.reason}: {event.message}", "✗", "bold red")
-    return None
+    return None  # and of the end: the closing summary says it
 
 
 def started_line(event: Started) -> str:
@@ -245,5 +242,6 @@ def sample_panel(phase: str, sample: list[PreviewMessage]) -> RenderableType:
     text = Text()
     for piece in shortened(sample):
         text.append(wording.visible(piece.text), style="green" if piece.trained else "dim")
+    text.rstrip()
     title = Text.assemble(f"a sample of {phase}, ", ("green is trained on", "green"))
     return Panel(text, title=title, title_align="left", box=box.ROUNDED, border_style="dim")

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-STEP = re.compile(r"\.?([A-Za-z][A-Za-z0-9_-]*)|\[([0-9]+)\]")
+STEP = re.compile(r"(?:^|(?<=.)\.)([A-Za-z][A-Za-z0-9_-]*)|\[([0-9]+)\]")
 
 
 class BadOverride(ValueError):
@@ -43,7 +43,7 @@ def parse_path(path: str) -> list[str | int]:
     position = 0
     while position < len(path):
         match = STEP.match(path, position)
-        if match is None or (position == 0) == match.group().startswith("."):
+        if match is None:
             raise BadOverride(f"{path!r} is no path of a field; write it as spec.phases[1].data[0].uri")
         steps.append(match[1] if match[1] is not None else int(match[2]))
         position = match.end()

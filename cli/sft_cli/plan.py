@@ -19,13 +19,13 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
-def plan(file: str, gpus: int | None, gpu_memory_gib: float, overrides: Sequence[str], as_json: bool) -> int:
+def plan(file: str, gpus: int | None, gpu_memory_gb: float, overrides: Sequence[str], as_json: bool) -> int:
     """Plan the job for `gpus` GPUs; returns the exit code. The data is prepared where the run will find it."""
     try:
         config = resolve(read_job(file, overrides))
         trainer = config.trainer
         ranks = gpus or max(1, trainer.nodes * trainer.gpus_per_node)
-        found = planned(config, ranks, round(gpu_memory_gib * 2**30))
+        found = planned(config, ranks, round(gpu_memory_gb * 1e9))
     except BadManifest as error:
         print(error, file=sys.stderr)
         return ExitCode.CONFIGURATION

@@ -33,7 +33,7 @@ def make(place: Place, path: str | None, as_json: bool) -> int:
 
     store = Store.open(place.uri)
     history = read_history(store, lambda text: print(text, file=sys.stderr))
-    if not history.attempts:
+    if not any(attempt.started or attempt.first_step for attempt in history.attempts):
         raise RunError(
             ExitCode.DATA, "there are no metrics (metrics/attempt-<n>.jsonl) here; give a job's checkpoints.uri"
         )

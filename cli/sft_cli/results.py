@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from sft_api import names
 from sft_api.events import Event, PreparedMetrics, StepMetrics
 from sft_api.run import RunConfig
-from sft_trainer.report import History, ReportData, merge, read_attempts, render
+from sft_trainer.report import History, ReportData, merge, read_attempts, read_prepared, render
 
 if TYPE_CHECKING:
     from sft_trainer.store import Store
@@ -31,7 +31,9 @@ def read_history(store: Store, warn: Callable[[str], None], spoken: Spoken | Non
     attempts = read_attempts(store, warn)
     if spoken is not None:
         attempts[spoken.attempt] = completed(attempts.get(spoken.attempt, []), spoken.events)
-    return merge(attempts, spoken.prepared if spoken else ())
+    prepared = spoken.prepared if spoken else ()
+    history = merge(attempts, prepared)
+    return history if history.prepared else merge(attempts, read_prepared(store, history.started))
 
 
 def completed(stored: Sequence[Event], heard: Sequence[Event]) -> list[Event]:

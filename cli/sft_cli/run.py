@@ -13,7 +13,7 @@ from typing import IO, TYPE_CHECKING
 
 from pydantic import ValidationError
 
-from sft_api.events import EVENT, Event, Finished
+from sft_api.events import EVENT, Event
 from sft_api.recipes import resolve
 from sft_api.run import ExitCode, RunConfig, RunError
 from sft_cli import machine
@@ -118,9 +118,6 @@ def listener(session: Session, display: Display, log: IO[bytes]) -> Callable[[st
             log.write(f"{line}\n".encode())
             return
         session.take(event)
-        # The preparation's own end is not the run's, unless it failed.
-        if isinstance(event, Finished) and event.exit_code == 0 and session.started is None:
-            session.finished = None
         display.event(event, line)
 
     return listen
@@ -169,6 +166,8 @@ def ending_message(code: int, session: Session) -> str | None:
         import signal
 
         return f"the trainer was ended by {signal.Signals(code - 128).name}"
+    if code == ExitCode.PREEMPTED:
+        return "nothing was trained yet"
     return None if code == 0 else "the trainer ended without a word"
 
 

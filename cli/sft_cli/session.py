@@ -54,6 +54,8 @@ class Session:
             case StepMetrics():
                 self.steps.append(event)
                 return
+            case Finished() if self.started is None and event.exit_code == 0:
+                return  # the end of the preparation, not of the run
             case Started():
                 self.started = event
             case ValidationMetrics():

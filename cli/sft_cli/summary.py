@@ -6,8 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console, RenderableType
-from rich.table import Table
+from rich.console import Console
 from rich.text import Text
 
 from sft_api.run import ExitCode
@@ -15,6 +14,7 @@ from sft_trainer.report import History, wording
 from sft_trainer.report.figures import StepFigures, job_figures, validation_change
 
 LOG_LINES = 15
+LABEL_WIDTH = 20
 AGAIN = {ExitCode.PREEMPTED, ExitCode.HUNG, ExitCode.COMMUNICATION, ExitCode.STORE_UNAVAILABLE}
 """Ends after which the same command may well succeed."""
 
@@ -43,20 +43,10 @@ def print_summary(console: Console, ending: Ending) -> None:
         console.print(Text.assemble(("✓ ", "bold green"), ("Trained.", "bold")))
     else:
         tell_failure(console, ending)
-    rows = list(summary_rows(ending))
-    if rows:
-        console.print(table_of(rows))
+    for label, value in summary_rows(ending):
+        console.print(Text.assemble((f"{label:<{LABEL_WIDTH}}", "dim"), value), soft_wrap=True)
     for line in next_steps(ending):
         console.print(Text(line), soft_wrap=True)
-
-
-def table_of(rows: list[tuple[str, str]]) -> RenderableType:
-    table = Table.grid(padding=(0, 3))
-    table.add_column(style="dim", no_wrap=True)
-    table.add_column(overflow="fold")
-    for label, value in rows:
-        table.add_row(Text(label), Text(value))
-    return table
 
 
 def summary_rows(ending: Ending) -> Iterator[tuple[str, str]]:
@@ -90,9 +80,9 @@ def training_rows(history: History, figures: StepFigures) -> Iterator[tuple[str,
     again = f", {history.steps_lost:,} taken again after restarts" if history.steps_lost else ""
     yield "steps", f"{figures.last_step:,}" + (f" of {total:,}" if total else "") + again
     yield (
-        "seen",
+        "trained on",
         f"{figures.samples:,} samples, {wording.short_count(figures.tokens)} tokens,"
-        f" {wording.short_count(figures.loss_tokens)} trained on",
+        f" {wording.short_count(figures.loss_tokens)} with loss",
     )
     yield "throughput", f"{wording.count(figures.tokens_per_second)} tokens/s, no padding counted"
     if figures.mfu is not None:

@@ -71,14 +71,43 @@ class History:
 
 
 def read_attempts(store: Store, warn: Callable[[str], None]) -> dict[int, list[Event]]:
-    """The events of each attempt, from `metrics/` in the store: steps, and whatever else
-    stands among them. A line that cannot be read is told to `warn`."""
+    """The events of each attempt, from the store. A line that cannot be read is told to `warn`."""
+    numbers = {names.parse_metrics(info.key) for info in store.list(names.METRICS)}
+    numbers |= {names.parse_attempt(info.key) for info in store.list(names.ATTEMPTS)}
     attempts: dict[int, list[Event]] = {}
-    for info in sorted(store.list(names.METRICS), key=lambda info: info.key):
-        number = names.parse_metrics(info.key)
-        if number is not None:
-            attempts[number] = parse_lines(store.get(info.key), f"{store.uri}/{info.key}", warn)
+    for number in sorted(number for number in numbers if number is not None):
+        attempts[number] = []
+        for key in (names.events(number), names.metrics(number)):
+            if store.head(key) is not None:
+                attempts[number] += parse_lines(store.get(key), f"{store.uri}/{key}", warn)
     return attempts
+
+
+def read_prepared(store: Store, started: Started | None) -> list[PreparedMetrics]:
+    """What the job's data holds, as its preparation noted it in the store; nothing where it noted none."""
+    if store.head(names.PREPARED) is None:
+        return []
+    from sft_trainer.prepare import PreparedJob  # loads pyarrow: only where there is something to read
+
+    job = PreparedJob.model_validate_json(store.get(names.PREPARED))
+    phases = [plan.name for plan in started.phases] if started else []
+    named = dict(
+        zip(phases or [f"phase {number}" for number in range(1, len(job.phases) + 1)], job.phases, strict=False)
+    )
+    if job.validation is not None:
+        named["validation"] = job.validation
+    return [
+        PreparedMetrics(
+            phase=name,
+            reused=True,
+            seconds=0.0,
+            **job.summaries[fingerprint].model_dump(include=SUMMARY_FIELDS),
+        )
+        for name, fingerprint in named.items()
+    ]
+
+
+SUMMARY_FIELDS = {"fingerprint", "samples", "tokens", "loss_tokens", "dropped", "truncated", "preview"}
 
 
 def parse_lines(data: bytes, name: str, warn: Callable[[str], None]) -> list[Event]:
@@ -158,5 +187,5 @@ def summed_up(number: int, events: Sequence[Event], end: int) -> Attempt:
         steps_lost=sum(event.step >= end for event in steps),
         seconds=steps[-1].time - steps[0].time + steps[0].seconds if steps else 0.0,
         started=next((event for event in events if isinstance(event, Started)), None),
-        finished=next((event for event in events if isinstance(event, Finished)), None),
+        finished=next((event for event in reversed(events) if isinstance(event, Finished)), None),
     )

@@ -19,12 +19,12 @@ def short_count(number: float) -> str:
 
 
 def size(num_bytes: float) -> str:
-    """1.4 GiB"""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if num_bytes < 1024:
+    """1.4 GB"""
+    for unit in ("B", "kB", "MB", "GB"):
+        if num_bytes < 1000:
             return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
-        num_bytes /= 1024
-    return f"{num_bytes:.1f} TiB"
+        num_bytes /= 1000
+    return f"{num_bytes:.1f} TB"
 
 
 def duration(seconds: float) -> str:

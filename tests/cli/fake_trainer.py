@@ -1,0 +1,62 @@
+"""Stands where the trainer stands: `python fake_trainer.py FOLDER prepare|train RUN_JSON …` plays FOLDER/<stage>.jsonl.
+
+A line is an event to print, or an instruction: {"do": "wait"} for SIGTERM, "deafen" (SIGTERM is ignored from here
+on), "child" (start a process in a session of its own, its pid in FOLDER/child), "say" (on stderr), "print", "kill".
+After SIGTERM the rest of the script follows. The exit code is that of the last `finished` event.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+stopped = False
+
+
+def on_sigterm(number: int, frame: object) -> None:
+    global stopped
+    stopped = True
+
+
+def obey(instruction: dict[str, object], folder: Path) -> None:
+    match instruction["do"]:
+        case "wait":
+            (folder / "waiting").touch()
+            while not stopped:
+                signal.sigtimedwait([], 0.02)
+        case "deafen":
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        case "child":
+            sleeper = "import time; time.sleep(600)"
+            child = subprocess.Popen([sys.executable, "-c", sleeper], start_new_session=True)
+            (folder / "child").write_text(str(child.pid))
+        case "say":
+            print(instruction["text"], file=sys.stderr)
+        case "print":
+            print(instruction["text"], flush=True)
+        case "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def main() -> int:
+    folder, stage = Path(sys.argv[1]), sys.argv[2]
+    signal.signal(signal.SIGTERM, on_sigterm)
+    (folder / f"{stage}.arguments").write_text(json.dumps(sys.argv[3:]))
+    (folder / f"{stage}.run.json").write_text(Path(sys.argv[3]).read_text())
+    code = 0
+    for line in (folder / f"{stage}.jsonl").read_text().splitlines():
+        value = json.loads(line)
+        if "do" in value:
+            obey(value, folder)
+            continue
+        assert os.environ["SFT_LOG_FORMAT"] == "json"
+        print(line, flush=True)
+        code = value.get("exitCode", code)
+    return code
+
+
+sys.exit(main())
