@@ -158,6 +158,14 @@ BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
             "spec.optimizer.learningRate: is required with recipe none, which fills in nothing",
         ],
     ),
+    "no recipe and no epochs": (
+        {"spec.recipe": "none", "spec.batch": {"effectiveBatchSize": 8}, "spec.optimizer": {"learningRate": 1e-5}},
+        ["spec.epochs: is required with recipe none, which fills in nothing"],
+    ),
+    "no recipe and no batch size": (
+        {"spec.recipe": "none", "spec.epochs": 1, "spec.optimizer": {"learningRate": 1e-5}},
+        ["spec.batch.effectiveBatchSize: is required with recipe none, which fills in nothing"],
+    ),
     "no recipe and one phase silent": (
         {
             "spec.recipe": "none",
@@ -271,6 +279,10 @@ BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
     "everything held out": (
         {"spec.validation": {"fraction": 1}},
         ["spec.validation.fraction: 1 is not allowed; allowed: a number above 0 and below 1"],
+    ),
+    "scored by two measures": (
+        {"spec.validation": {"fraction": 0.1, "every": {"steps": 5, "samples": 5}}},
+        ["spec.validation.every: gives both steps and samples; give exactly one of steps and samples"],
     ),
     "scored in minutes": (
         {"spec.validation": {"fraction": 0.1, "every": {"minutes": 5}}},
