@@ -78,7 +78,8 @@ def test_create_makes_an_object_once(store: Store) -> None:
 
 def test_of_many_writers_that_create_at_once_one_wins(store: Store) -> None:
     for turn in range(20):
-        barrier, won = threading.Barrier(4), []
+        barrier = threading.Barrier(4)
+        won: list[int] = []
 
         def write(number: int, turn: int = turn, barrier: threading.Barrier = barrier, won: list[int] = won) -> None:
             barrier.wait()
