@@ -304,6 +304,6 @@ def test_a_full_staging_disk_is_refused_before_anything_is_written(tmp_path: Pat
 def test_live_state_that_is_not_fp32_is_our_own_mistake(tmp_path: Path) -> None:
     gang = Gang(Store.open(f"file://{tmp_path}/x"), tmp_path / "staging")
     pieces = make_pieces(OLD)
-    pieces[0].tensors = {"master": np.ones(44, np.float64)}  # type: ignore[dict-item]
+    pieces[0].tensors = {"master": np.ones(44, np.float64)}
     with pytest.raises(AssertionError, match="float64"):
         gang.writers[0].save(pieces, {}, make_meta(10))

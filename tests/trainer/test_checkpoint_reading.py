@@ -101,7 +101,7 @@ def test_a_parameter_that_is_not_there_is_of_another_model(tmp_path: Path) -> No
     with pytest.raises(RunError, match="of another model") as caught:
         found.read("other.weight", "master", 0, 3)
     assert caught.value.code == ExitCode.CONFIGURATION
-    with pytest.raises(RunError, match="elements 7 to 8 of norm.weight"):
+    with pytest.raises(RunError, match=r"elements 7 to 8 of norm\.weight"):
         found.read("norm.weight", "master", 0, 8)
     with pytest.raises(RunError, match="of another model"):
         found.adam_step("other.weight")
