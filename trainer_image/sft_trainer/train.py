@@ -1,0 +1,131 @@
+"""The training loop, from top to bottom: what happens when. How is in `engine` (DeepSpeed) and `store`."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from sft_api.events import StepMetrics
+from sft_api.run import ExitCode, RunError
+from sft_api.spec import OptimizerState
+from sft_trainer.batches import Step, StepLoader
+from sft_trainer.job import Job
+from sft_trainer.schedule import Cursor
+from sft_trainer.signals import peak_flops, peak_memory, training_flops
+from sft_trainer.stopping import StopFlag
+
+
+def train(job: Job, stop: StopFlag) -> None:
+    """Walk the schedule from the job's cursor to its end; collective.
+
+    Returns when all is trained, committed and exported. Raises RunError with PREEMPTED after a committed checkpoint
+    when a rank was told to stop, with DIVERGED when a loss or gradient is not finite: nothing of that step is kept.
+    """
+    config, ranks, engine, schedule, cursor = job.config, job.ranks, job.engine, job.schedule, job.cursor
+    if cursor.step == 0:
+        job.validate(step=0, phase=config.phases[0].name)
+    job.exports.export_what_is_due(engine, schedule, cursor)
+
+    while not schedule.is_done(cursor):
+        phase, steps = config.phases[cursor.phase], schedule.phases[cursor.phase]
+        # A checkpoint at a phase's start is from before this line, one in its middle from after it: Adam's state is
+        # reset exactly once, however often the run is resumed.
+        keeps = phase.optimizer.model_copy(update={"state": OptimizerState.KEEP})
+        engine.configure(phase.optimizer if schedule.step_in_phase(cursor) == 0 else keeps)
+        loader = StepLoader(job.data[cursor.phase], job.packer, ranks.rank, ranks.device, config.seed, cursor.phase)
+
+        for step in loader.steps(cursor.epoch, cursor.step_in_epoch, steps.epochs, steps.steps_per_epoch):
+            # ----------------------------------------------------------------------------------------------------
+            started = time.perf_counter() - step.wait_seconds
+            learning_rate = schedule.learning_rate(cursor.phase, schedule.step_in_phase(cursor))
+            cross_entropy = torch.zeros((), dtype=torch.float64, device=ranks.device)
+            for index, micro_batch in enumerate(step.mine):
+                # A sum over tokens, divided by the loss tokens of all ranks in this step: the gradient does not
+                # depend on how samples were packed or spread. DeepSpeed averages over ranks, hence `world`.
+                loss_sum, _ = engine(**micro_batch)
+                engine.backward(loss_sum * (ranks.world / step.num_loss_tokens), last=index + 1 == len(step.mine))
+                cross_entropy += loss_sum.detach()
+            grad_norm = engine.step(learning_rate)
+            before, cursor = cursor, schedule.after(cursor, step.num_samples, step.num_tokens, step.num_loss_tokens)
+            # ----------------------------------------------------------------------------------------------------
+
+            # The one collective of ours: what the ranks must know alike to decide alike.
+            mine = [cross_entropy.item(), stop.is_set, job.saver.minutes_are_up(), peak_memory(ranks.device)]
+            everyone = ranks.gather(mine)
+            loss, told_to_stop = float(everyone[:, 0].sum()) / step.num_loss_tokens, bool(everyone[:, 1].any())
+            guard(loss, grad_norm, cursor, engine.skipped)
+            job.progress.step = cursor.step
+            job.signals.emit(
+                step_metrics(
+                    job, step, cursor, phase.name, loss, grad_norm, learning_rate, started, everyone[:, 3].max()
+                )
+            )
+
+            validation_loss = None
+            if job.validation.due(before, cursor):
+                validation_loss = job.validate(cursor.step, phase.name)
+            if told_to_stop or job.saver.due(before, cursor, minutes_are_up=bool(everyone[0, 2])):
+                job.saver.save(engine, before, cursor, step.digest, validation_loss)
+            if told_to_stop and not schedule.is_done(cursor):
+                job.saver.wait()
+                raise RunError(ExitCode.PREEMPTED, f"told to stop: step {cursor.step} is committed; run again to go on")
+
+        job.exports.export_what_is_due(engine, schedule, cursor)
+    job.saver.wait()
+
+
+def step_metrics(
+    job: Job,
+    step: Step,
+    cursor: Cursor,
+    phase: str,
+    loss: float,
+    grad_norm: float,
+    learning_rate: float,
+    started: float,
+    memory_bytes: int,
+) -> StepMetrics:
+    seconds = time.perf_counter() - started
+    return StepMetrics(
+        step=cursor.step,
+        phase=phase,
+        epoch=step.epoch + 1,
+        loss=loss,
+        grad_norm=grad_norm,
+        learning_rate=learning_rate,
+        samples=cursor.samples,
+        tokens=cursor.tokens,
+        loss_tokens=cursor.loss_tokens,
+        samples_digest=step.digest,
+        seconds=seconds,
+        tokens_per_second=step.num_tokens / seconds,
+        mfu=utilisation(job, step, seconds),
+        packing_efficiency=step.plan.efficiency,
+        packing_bound=step.plan.bound,
+        micro_batches=step.plan.max_micro_batches,
+        data_wait_seconds=step.wait_seconds,
+        checkpoint_stall_seconds=job.saver.last_stall_seconds,
+        memory_bytes=memory_bytes,
+        time=time.time(),
+    )
+
+
+def guard(loss: float, grad_norm: float, cursor: Cursor, skipped: bool) -> None:
+    """Stop before anything of a step that is not finite is kept."""
+    values = torch.tensor([loss, grad_norm])
+    if skipped or not bool(torch.isfinite(values).all()):
+        raise RunError(
+            ExitCode.DIVERGED,
+            f"step {cursor.step} has loss {loss} and gradient norm {grad_norm}: the run has diverged. The checkpoints"
+            " before it are good; lower spec.optimizer.learningRate or spec.optimizer.maxGradNorm, or look for"
+            " broken samples",
+        )
+
+
+def utilisation(job: Job, step: Step, seconds: float) -> float | None:
+    """Model FLOPs utilisation of one step over all ranks; none where the device's peak is not known."""
+    peak = peak_flops(job.ranks.device)
+    if peak is None:
+        return None
+    return training_flops(job.numbers, step.num_tokens, step.squared_lengths) / (seconds * job.ranks.world * peak)
