@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
 from sft_api.events import PreparedMetrics, PrepareProgress
 from sft_api.run import Lengths, ResolvedBatch, ResolvedOptimizer, ResolvedPhase, RunConfig
 from sft_api.spec import (
@@ -26,7 +28,6 @@ from sft_api.spec import (
 from sft_trainer.prepare import PreparedJob, prepare
 from sft_trainer.store import Store
 from sft_trainer.tokenizer import load_tokenizer
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 TEXT = ["What is the answer to this question, please? The answer is forty two, and they are happy. " * 3]
 

@@ -8,17 +8,23 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from sft_api.spec import Overlong
 from sft_trainer.prepare.chat import encoder_spec
 from sft_trainer.prepare.conversations import parse_conversation
 from sft_trainer.prepare.masks import TemplateFailed
 from sft_trainer.prepare.samples import Encoder, Sample
-
 from tests.trainer.prepare.builders import byte_level, load, save_model_folder, with_bos
 from tests.trainer.prepare.conversations import MULTI_TURN, REASONING, SINGLE, SYSTEM, TOOL, TOOLS, Messages
 
 BUILT_IN = ("ChatML", "Llama3", "Granite", "Mistral", "Zephyr")
-END = {"ChatML": "<|im_end|>", "Llama3": "<|eot_id|>", "Granite": "<|end_of_text|>", "Mistral": "</s>", "Zephyr": "</s>"}
+END = {
+    "ChatML": "<|im_end|>",
+    "Llama3": "<|eot_id|>",
+    "Granite": "<|end_of_text|>",
+    "Mistral": "</s>",
+    "Zephyr": "</s>",
+}
 THINK = {
     "ChatML": "<think>\n{}\n</think>\n\n",
     "Llama3": "<think>\n{}\n</think>\n\n",

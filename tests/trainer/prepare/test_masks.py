@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
+
 from sft_trainer.prepare.conversations import Conversation
 from sft_trainer.prepare.masks import MaskRefused, Renderer, TemplateFailed
-
 from tests.trainer.prepare.conversations import MULTI_TURN, REASONING, SINGLE, SYSTEM, Messages
 
 HEAD = "{% for m in messages %}<|im_start|>{{ m.role }}\n"
@@ -107,13 +107,13 @@ def test_generation_tags_within_a_macro_are_found() -> None:
 
 
 def test_generation_tags_around_no_turn_train_on_nothing() -> None:
-    assert trained("{% for m in messages %}{{ m.content }}{% endfor %}{% generation %}{% endgeneration %}", SINGLE) == []
+    assert (
+        trained("{% for m in messages %}{{ m.content }}{% endfor %}{% generation %}{% endgeneration %}", SINGLE) == []
+    )
 
 
 def test_text_that_is_changed_after_it_was_marked_is_refused() -> None:
-    template = (
-        "{% set words %}{% generation %}{{ messages[1].content }}{% endgeneration %}{% endset %}{{ words[:8] }}"
-    )
+    template = "{% set words %}{% generation %}{{ messages[1].content }}{% endgeneration %}{% endset %}{{ words[:8] }}"
     with pytest.raises(MaskRefused, match="changed again after it was marked"):
         trained(template, SINGLE)
 
@@ -121,9 +121,7 @@ def test_text_that_is_changed_after_it_was_marked_is_refused() -> None:
 def test_a_default_system_prompt_is_not_trained_on_under_unmask() -> None:
     template = "<|im_start|>system\nBe good.<|im_end|>\n" + PLAIN
     (words,) = trained(template, SINGLE, unmask=True)
-    assert words == (
-        "What is the answer?<|im_end|>\n<|im_start|>assistant\nThe answer is 42.<|im_end|>"
-    )
+    assert words == ("What is the answer?<|im_end|>\n<|im_start|>assistant\nThe answer is 42.<|im_end|>")
 
 
 def test_a_system_message_folded_into_the_first_question_is_not_trained_on_under_unmask() -> None:

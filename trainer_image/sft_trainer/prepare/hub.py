@@ -113,6 +113,7 @@ def _errors(repository: Repository, path: str) -> Iterator[None]:
         EntryNotFoundError,
         GatedRepoError,
         HfHubHTTPError,
+        HTTPError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
@@ -138,5 +139,5 @@ def _errors(repository: Repository, path: str) -> Iterator[None]:
         refused = status in (401, 403)
         code = ExitCode.STORE_REFUSED if refused else ExitCode.STORE_UNAVAILABLE
         raise RunError(code, f"{name} answered {status or 'nothing'}: {error}", path) from error
-    except OSError as error:
+    except (HTTPError, OSError) as error:
         raise RunError(ExitCode.STORE_UNAVAILABLE, f"{name} could not be read: {error}", path) from error

@@ -12,7 +12,7 @@ from typing import BinaryIO, Protocol
 from sft_api.run import ExitCode, RunError
 from sft_api.spec import DataFormat
 from sft_trainer.prepare.hub import HubFolder, split_hub_uri
-from sft_trainer.store import ObjectMissing, Store
+from sft_trainer.store import Store
 
 _MAGIC = re.compile(r"[*?\[]")
 _DIGEST_BLOCK = 1 << 20
@@ -117,11 +117,10 @@ def find_files(uri: str, format: DataFormat, path: str) -> list[DataFile]:
 def read_object(uri: str, path: str) -> bytes:
     """A small object as a whole. On the Hub, `hf://owner/name/file` is a file of a model's repository."""
     folder, key = _open(uri, path, hub_default="model")
-    try:
-        with folder.open(key) as reader:
-            return reader.read()
-    except (ObjectMissing, FileNotFoundError, IsADirectoryError) as error:
-        raise RunError(ExitCode.CONFIGURATION, f"{uri} is no file.", path) from error
+    if folder.size(key) is None:
+        raise RunError(ExitCode.CONFIGURATION, f"{uri} is no file.", path)
+    with folder.open(key) as reader:
+        return reader.read()
 
 
 def glob_pattern(pattern: str) -> re.Pattern[str]:
