@@ -41,7 +41,7 @@ class Samples:
     def of(cls, order: Ints, lengths: Ints, costs: NDArray[np.float64], ranks: int, capacity: int) -> Samples:
         spare_bits = 60 - num_bits(len(lengths) + ranks) - int(np.frexp(costs[0] * len(lengths))[1])
         unit = 2.0 ** min(spare_bits, 16)
-        whole = np.rint(costs * unit).astype(np.int64)
+        whole = np.maximum(np.rint(costs * unit), 1).astype(np.int64)
         return cls(order, lengths, whole, unit, int(whole.sum()), ranks, capacity)
 
 

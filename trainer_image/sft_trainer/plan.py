@@ -10,7 +10,6 @@ l + l²/L0 (sample_cost); empty capacity costs nothing.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -49,17 +48,6 @@ class StepPlan:
     @property
     def max_micro_batches(self) -> int:
         return max(len(mine) for mine in self.micro_batches)
-
-
-@dataclass(frozen=True)
-class PlanSummary:
-    """Many steps' plans together."""
-
-    steps: int
-    micro_batches: int
-    """Σ over steps of the most that any rank has."""
-    efficiency: float
-    bound: float
 
 
 def permutation(num_samples: int, seed: int, phase: int, epoch: int) -> Ints:
@@ -122,28 +110,6 @@ def pack_padded(lengths: NDArray[np.integer], ranks: int, capacity: int, quadrat
     """
     samples = _longest_first(lengths, ranks, capacity, quadratic_length)
     return _plan(samples, packing.padded(samples), dummies=True)
-
-
-def epoch_plans(
-    lengths: NDArray[np.integer], order: Ints, batch_size: int, plan: Callable[[NDArray[np.integer]], StepPlan]
-) -> Iterator[StepPlan]:
-    """The plans of an epoch's steps, where `order` is its permutation and `plan` maps a step's lengths to its plan."""
-    for start in range(0, len(order), batch_size):
-        yield plan(lengths[order[start : start + batch_size]])
-
-
-def summarise(plans: Iterable[StepPlan]) -> PlanSummary:
-    """Utilisation over all steps, which is not the mean of theirs: a short last step counts for as little as it is."""
-    steps = micro_batches = 0
-    cost = rank_time = least_rank_time = 0.0
-    for plan in plans:
-        steps += 1
-        micro_batches += plan.max_micro_batches
-        cost += plan.cost
-        rank_time += plan.span * len(plan.micro_batches)
-        least_rank_time += plan.lower_bound * len(plan.micro_batches)
-    assert steps
-    return PlanSummary(steps, micro_batches, cost / rank_time, cost / least_rank_time)
 
 
 def _longest_first(lengths: NDArray[np.integer], ranks: int, capacity: int, quadratic_length: float) -> Samples:

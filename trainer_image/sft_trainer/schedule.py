@@ -75,18 +75,8 @@ class Schedule:
             cursor = replace(cursor, phase=cursor.phase + 1, epoch=0)
         return cursor
 
-    def sample_range(self, cursor: Cursor) -> slice:
-        """Which part of the epoch's permutation the next step trains on."""
-        phase = self.phases[cursor.phase]
-        start = cursor.step_in_epoch * phase.effective_batch_size
-        return slice(start, min(start + phase.effective_batch_size, phase.num_samples))
-
     def step_in_phase(self, cursor: Cursor) -> int:
         return cursor.epoch * self.phases[cursor.phase].steps_per_epoch + cursor.step_in_epoch
-
-    def is_phase_start(self, cursor: Cursor) -> bool:
-        """Whether the next step is a phase's first."""
-        return not self.is_done(cursor) and cursor.epoch == cursor.step_in_epoch == 0
 
     def is_phase_end(self, cursor: Cursor) -> bool:
         """Whether the last step done was a phase's last; `cursor.phase` is then the phase after it."""

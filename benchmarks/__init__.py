@@ -1,0 +1,1 @@
+"""One script a claim: `python -m benchmarks.NAME` takes `-o json` and prints peer, ratio and spread."""
