@@ -83,7 +83,6 @@ class FusedCrossEntropy(torch.autograd.Function):
         loss, hits, *gradients = _walk_chunks(hidden, weight, bias, targets, form, chunk_rows, count_hits, wanted)
         ctx.gradients = gradients
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
-        ctx.chunk_rows = chunk_rows
         ctx.mark_non_differentiable(hits)
         return loss, hits
 
@@ -91,13 +90,10 @@ class FusedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         assert ctx.gradients is not None, "a fused cross-entropy can be differentiated once"
         (hidden, weight, bias), ctx.gradients = ctx.gradients, None
-        if hidden is not None:
-            # Chunk by chunk in fp32: the factor rounded to bf16 would bias the whole gradient.
-            for rows in hidden.split(ctx.chunk_rows):
-                rows.copy_(rows.float().mul_(upstream[0]))
-        weight, bias = (
-            None if g is None else g.mul_(upstream[0]).to(dtype)
-            for g, dtype in zip((weight, bias), ctx.dtypes[1:], strict=True)
+        # In fp32 until now: a factor on bf16 numbers would round them a second time, and near 1 always back.
+        hidden, weight, bias = (
+            None if gradient is None else gradient.mul_(upstream[0]).to(dtype)
+            for gradient, dtype in zip((hidden, weight, bias), ctx.dtypes, strict=True)
         )
         return hidden, weight, bias, None, None, None, None
 
@@ -112,12 +108,14 @@ def _walk_chunks(
     count_hits: bool,
     wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Loss, hits, and the gradients that are wanted: of hidden in its own type, of weight and bias in fp32."""
+    """Loss, hits, and in fp32 the gradients that are wanted, of hidden, weight and bias."""
     loss = hidden.new_zeros((), dtype=torch.float64)
     hits = targets.new_zeros(())
-    grad_hidden = torch.empty_like(hidden) if wanted[0] else None
+    grad_hidden = torch.zeros_like(hidden, dtype=torch.float32) if wanted[0] else None
     grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wanted[1] else None
     grad_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and wanted[2] else None
+    # The CPU multiplies into fp32 from fp32 only: converted once, not chunk by chunk.
+    factor = weight if weight.is_cuda or not wanted[0] else weight.float()
     for start in range(0, len(hidden), chunk_rows):
         rows = slice(start, start + chunk_rows)
         logits = F.linear(hidden[rows], weight, bias).float()
@@ -130,7 +128,7 @@ def _walk_chunks(
             grad_bias += slope.sum(0)
         slope = slope.to(hidden.dtype)
         if grad_hidden is not None:
-            torch.mm(slope, weight, out=grad_hidden[rows])
+            _add_product_(grad_hidden[rows], slope, factor)
         if grad_weight is not None:
             _add_product_(grad_weight, slope.t(), hidden[rows])
     return loss.float(), hits, grad_hidden, grad_weight, grad_bias
@@ -166,14 +164,12 @@ def _score(
 
 def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
     """total += left @ right in fp32, whatever the type of the factors."""
-    if left.dtype == torch.float32:
-        total.addmm_(left, right)
-    elif left.is_cuda and _multiplies_into_fp32(left.dtype, left.device):
-        torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
-    elif left.is_cuda:
-        total.add_(left @ right)
-    else:
+    if not left.is_cuda or left.dtype == torch.float32:
         total.addmm_(left.float(), right.float())
+    elif _multiplies_into_fp32(left.dtype, left.device):
+        torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
+    else:
+        total.add_(left @ right)
 
 
 @lru_cache(maxsize=8)

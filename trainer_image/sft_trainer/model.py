@@ -107,6 +107,8 @@ def reconcile_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokeni
         config.pad_token_id = tokenizer.pad_token_id
         config.bos_token_id = tokenizer.bos_token_id
         config.eos_token_id = tokenizer.eos_token_id
+    # The padding row gets no gradient: it must not be that of a token which only used to pad.
+    model.get_input_embeddings().padding_idx = tokenizer.pad_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.generation_config.bos_token_id = tokenizer.bos_token_id
     model.generation_config.eos_token_id = ends[0] if len(ends) == 1 else ends
