@@ -17,7 +17,7 @@ import re
 import uuid
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from io import BufferedReader
@@ -30,6 +30,7 @@ from obstore import exceptions as obstore_errors
 from obstore.store import AzureStore, GCSStore, LocalStore, S3Store
 
 from sft_api.run import ExitCode, RunError
+from sft_trainer import store_files
 from sft_trainer.store_errors import as_run_error, is_missing_object
 from sft_trainer.store_reader import RangeReader
 
@@ -44,7 +45,6 @@ READ_AHEAD_BYTES = 8 * 1024 * 1024
 _Backend: TypeAlias = S3Store | GCSStore | AzureStore | LocalStore
 _Folders: TypeAlias = list[str]  # inside the class, `list` is a method
 _BEYOND_END = re.compile(r"range was invalid|InvalidRange|Range Not Satisfiable", re.IGNORECASE)
-_ORPHAN = re.compile(r"#\d+$")
 
 
 @dataclass(frozen=True)
@@ -232,7 +232,7 @@ class Store:
         paths = [self._key(key) for key in keys]
         with self._errors("deleting", ""):
             if self._root is not None:
-                _delete_files(Path("/", path) for path in paths)
+                store_files.delete(Path("/", path) for path in paths)
             elif paths:
                 obstore.delete(self._backend, paths)
 
@@ -241,27 +241,10 @@ class Store:
         return self._root / key if self._root is not None else None
 
     def make_durable(self, keys: Iterable[str]) -> None:
-        """Return when these objects outlive a power cut: fsync of files and folders on file://, nothing elsewhere.
-
-        The local backend renames into place without fsync, so a marker could outlive the data that it vouches for.
-        """
-        if self._root is None:
-            return
-        folders: set[Path] = set()
-        for key in keys:
-            with self._errors("syncing", key):
-                _fsync(self._root / key)
-            folders.update(self._folders_above(key))
-        with self._errors("syncing", ""):
-            for folder in sorted(folders, key=lambda folder: len(folder.parts), reverse=True):
-                _fsync(folder)
-
-    def _folders_above(self, key: str) -> tuple[Path, ...]:
-        """From the object's folder up to the store's own parent: any of them may have just been made."""
-        assert self._root is not None
-        within = (self._root / key).parent
-        steps = len(within.parts) - len(self._root.parts)
-        return (within, *within.parents[: steps + 1])
+        """Return when these objects outlive a power cut: fsync of files and folders on file://, nothing elsewhere."""
+        if self._root is not None:
+            with self._errors("syncing", ""):
+                store_files.make_durable(self._root, keys)
 
     def sweep(self, prefix: str) -> None:
         """Remove what a killed writer left under `prefix` on file://: half-written `name#1` files, empty folders.
@@ -269,16 +252,9 @@ class Store:
         Only for a prefix that nobody writes to; of the folders above it, those that are empty go too. Elsewhere there
         is nothing to see: parts of an upload that was never completed are the business of the bucket's lifecycle rule.
         """
-        if self._root is None:
-            return
-        top = self._root / prefix.strip("/")
-        with self._errors("deleting", prefix):
-            for folder, _, files in os.walk(top, topdown=False):
-                for name in filter(_ORPHAN.search, files):
-                    Path(folder, name).unlink(missing_ok=True)
-                _remove_if_empty(Path(folder))
-            for above in self._folders_above(prefix.strip("/"))[:-2]:
-                _remove_if_empty(above)
+        if self._root is not None:
+            with self._errors("deleting", prefix):
+                store_files.sweep(self._root, prefix.strip("/"))
 
     def check_writable(self) -> None:
         """Pre-flight: write, read back and delete a small object, and see that a second create is refused."""
@@ -346,26 +322,3 @@ def _remote(scheme: str, bucket: str, retry: Retry) -> _Backend:
     if scheme == "gs":
         return GCSStore(bucket, client_options=client, retry_config=retries)
     return AzureStore(bucket, client_options=client, retry_config=retries)
-
-
-def _delete_files(paths: Iterable[Path]) -> None:
-    folders = set()
-    for path in paths:
-        if path.exists():
-            path.unlink(missing_ok=True)
-            folders.add(path.parent)
-    for folder in folders:
-        _fsync(folder)
-
-
-def _remove_if_empty(folder: Path) -> None:
-    with suppress(OSError):  # not empty, or another process was quicker
-        folder.rmdir()
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
