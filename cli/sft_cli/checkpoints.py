@@ -35,10 +35,9 @@ def checkpoints(source: str, verify: bool, as_json: bool) -> int:
     elif not rows:
         print(f"{place.uri} holds no checkpoints")
     else:
-        from rich.console import Console
+        from sft_cli.screen import stdout_console
 
-        console = Console(highlight=False)
-        console.print(table_of(rows), soft_wrap=not console.is_terminal)
+        stdout_console().print(table_of(rows))
     return 0
 
 

@@ -71,12 +71,11 @@ def stdout_for_us() -> Iterator[None]:
 
 
 def show(found: dict[str, Any], name: str, ranks: int) -> None:
-    from rich.console import Console
     from rich.text import Text
 
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=160)
+    from sft_cli.screen import stdout_console
+
+    console = stdout_console()
     total = found["totalSteps"]
     title = f"{name}: {counted(total, 'optimizer step')} on {counted(ranks, 'GPU')}"
     console.print(Text(title, style="bold"))

@@ -65,11 +65,11 @@ def open_display(as_json: bool, session: Session) -> tuple[Display, Console | No
     """The display that fits, and the console for the closing summary; none where a program reads."""
     if as_json:
         return JsonDisplay(sys.stdout, sys.stderr), None
-    from rich.console import Console
+    from sft_cli.screen import stdout_console
 
-    console = Console(highlight=False, emoji=False, markup=False)
+    console = stdout_console()
     if not console.is_terminal or console.is_dumb_terminal:
-        return PlainDisplay(sys.stdout, session), Console(highlight=False, emoji=False, markup=False, width=200)
+        return PlainDisplay(sys.stdout, session), console
     from sft_cli.live import LiveDisplay
 
     return LiveDisplay(console, session), console

@@ -14,22 +14,18 @@ import subprocess
 import sys
 from pathlib import Path
 
-stopped = False
-
-
-def on_sigterm(number: int, frame: object) -> None:
-    global stopped
-    stopped = True
+WAITING = {"event": "message", "level": "info", "text": "the fake trainer waits"}
+awaited = {signal.SIGTERM}
 
 
 def obey(instruction: dict[str, object], folder: Path) -> None:
     match instruction["do"]:
         case "wait":
-            (folder / "waiting").touch()
-            while not stopped:
-                signal.sigtimedwait([], 0.02)
+            print(json.dumps(WAITING), flush=True)
+            signal.sigwait(awaited)
         case "deafen":
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            awaited.clear()
+            awaited.add(signal.SIGUSR1)
         case "child":
             sleeper = "import time; time.sleep(600)"
             child = subprocess.Popen([sys.executable, "-c", sleeper], start_new_session=True)
@@ -44,7 +40,7 @@ def obey(instruction: dict[str, object], folder: Path) -> None:
 
 def main() -> int:
     folder, stage = Path(sys.argv[1]), sys.argv[2]
-    signal.signal(signal.SIGTERM, on_sigterm)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGUSR1})
     (folder / f"{stage}.arguments").write_text(json.dumps(sys.argv[3:]))
     (folder / f"{stage}.run.json").write_text(Path(sys.argv[3]).read_text())
     code = 0

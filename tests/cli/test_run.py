@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -36,15 +35,8 @@ def start(folder: Path, train: Sequence[object], prepare: Sequence[object] = REA
     manifest(folder)
     command = run_command(play(folder, prepare, train))
     running = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    wait_for(folder / "script" / "waiting", running)
+    read_until("the fake trainer waits", running)
     return running
-
-
-def wait_for(path: Path, running: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + DEADLINE_SECONDS
-    while not path.exists():
-        assert running.poll() is None, running.communicate()
-        assert time.monotonic() < deadline, f"{path} did not appear"
 
 
 def read_until(text: str, running: subprocess.Popen[str]) -> None:
