@@ -40,3 +40,10 @@ def test_an_export_and_prepared_data_have_folders_of_their_own() -> None:
 )
 def test_slashes_at_the_end_say_nothing(uri: str, expected: str) -> None:
     assert names.without_slash(uri) == expected
+
+
+def test_an_attempt_has_its_number_and_its_events() -> None:
+    assert names.attempt(3) == "attempts/3.json"
+    assert names.parse_attempt(names.attempt(12)) == 12
+    assert names.parse_attempt("attempts/x.json") is None
+    assert names.events(3) == "events/attempt-3.jsonl"
