@@ -13,6 +13,7 @@ log; that gang is then ended and the next case gets a fresh one.
 from __future__ import annotations
 
 import faulthandler
+import gc
 import multiprocessing
 import os
 import pickle
@@ -24,7 +25,10 @@ import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -37,6 +41,14 @@ CASE_SECONDS = 180.0
 GRACE_SECONDS = 5.0
 """How long the other ranks have after one failed: they may only be waiting for it."""
 LOG_TAIL = 6000
+RANK_ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+"""What must be set before torch and deepspeed are imported."""
+PRELOADED = [
+    "torch.distributed",
+    "transformers.models.llama.modeling_llama",
+    "deepspeed",
+    "deepspeed.runtime.zero.muon.muon_optimizer",  # the first ZeRO engine of a process imports it, and the compiler
+]
 
 
 class GangFailure(AssertionError):
@@ -120,19 +132,36 @@ class Gang:
 
 def start_ranks(world: int, folder: Path) -> tuple[list[Rank], Any]:
     """The processes, and the store at which they meet: ours, for a port that is chosen by binding is never taken."""
-    from torch.distributed import TCPStore
+    import torch.distributed as dist
 
-    store = TCPStore("127.0.0.1", 0, world, is_master=True, wait_for_workers=False)
-    spawn = multiprocessing.get_context("spawn")
+    store = dist.TCPStore("127.0.0.1", 0, world, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
+    imported = server_with_imports()
     ranks = []
     for index in range(world):
-        ours, theirs = spawn.Pipe()
+        ours, theirs = imported.Pipe()
         log = folder / f"world-{world}-rank-{index}-{time.monotonic_ns()}.log"
-        process = spawn.Process(target=live, args=(index, world, store.port, theirs, log), daemon=True)
+        process = imported.Process(target=live, args=(index, world, store.port, theirs, log), daemon=True)
         process.start()
         theirs.close()
         ranks.append(Rank(process, ours, log))
     return ranks, store
+
+
+def server_with_imports() -> ForkServerContext:
+    """Processes forked from one that has imported torch, transformers and deepspeed: seconds each, saved per rank."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    before = {name: os.environ.get(name) for name in RANK_ENVIRONMENT}
+    os.environ.update(RANK_ENVIRONMENT)
+    try:
+        forkserver.ensure_running()
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+    return context
 
 
 def receive(connection: Connection) -> Answer:
@@ -168,7 +197,6 @@ def live(index: int, world: int, port: int, connection: Connection, log: Path) -
             "MASTER_PORT": str(port),
             "TORCHELASTIC_USE_AGENT_STORE": "True",
             "TORCHELASTIC_RESTART_COUNT": "0",
-            "OMP_NUM_THREADS": "1",
         }
     )
     answer(connection, join)
@@ -177,7 +205,7 @@ def live(index: int, world: int, port: int, connection: Connection, log: Path) -
             task = connection.recv_bytes()
         except EOFError:
             os._exit(0)  # nothing to be tidied, and the peers may be gone already
-        answer(connection, lambda: call(task))
+        answer(connection, partial(call, task))
 
 
 def join() -> None:
@@ -185,6 +213,7 @@ def join() -> None:
 
     from sft_trainer.engine import init_distributed
 
+    gc.freeze()  # what is imported stays; deepspeed collects garbage by hand when it sets up an engine
     torch.set_num_threads(1)
     init_distributed(torch.device("cpu"), timedelta(seconds=CASE_SECONDS))
 
