@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import threading
 from datetime import timedelta
 from pathlib import Path
@@ -13,6 +14,7 @@ from sft_api import names
 from sft_api.events import CheckpointCommitted
 from sft_api.run import ExitCode, RunError
 from sft_trainer.checkpoint import list_checkpoints, newest_complete
+from sft_trainer.checkpoint.staging import stage
 from sft_trainer.store import Store
 from tests.trainer.checkpoints import (
     Faults,
@@ -299,6 +301,18 @@ def test_a_full_staging_disk_is_refused_before_anything_is_written(tmp_path: Pat
     assert output.count("13 staging a checkpoint needs") == 2
     assert "Nothing of this checkpoint was committed" in output
     assert "['ballast', 'small']" in output
+
+
+def test_staging_that_fails_half_way_leaves_no_file(tmp_path: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(RunError, match="File too large") as caught:
+            stage(tmp_path / "staged", make_pieces(OLD), {"rng": bytes(1000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert caught.value.code == ExitCode.STORE_REFUSED
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_live_state_that_is_not_fp32_is_our_own_mistake(tmp_path: Path) -> None:
