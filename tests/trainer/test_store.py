@@ -144,6 +144,8 @@ def test_a_file_larger_than_a_part_travels_up_and_down_unchanged(store: Store, t
     source, back = tmp_path / "source", tmp_path / "sub" / "back"
     with source.open("wb") as file:
         file.write(os.urandom(1 << 20))
+        file.seek(PART_BYTES - 100)
+        file.write(bytes(range(1, 201)))
         file.seek(PART_BYTES + 12345)
         file.write(b"end")
     store.put("big", source)
