@@ -233,7 +233,8 @@ def test_a_step_that_is_not_finite_is_refused_aloud_on_every_rank(gang: Gangs, s
             assert all(np.array_equal(one.values[key], other.values[key]) for key in one.values)
 
 
-def with_and_without_evaluation(stage: int, bf16: bool) -> tuple[bool, bool, bool]:
+def with_and_without_evaluation(stage: int, bf16: bool) -> tuple[bool, bool, bool, bool]:
+    """Whether the state is the same; whether evaluation has dropout, or a gradient; whether training has dropout."""
     results = []
     for evaluates in (False, True):
         with running(make_module(), stage, bf16=bf16) as engine:
@@ -243,6 +244,7 @@ def with_and_without_evaluation(stage: int, bf16: bool) -> tuple[bool, bool, boo
                     with engine.evaluating():
                         loss = engine(make_samples(9, 2))
                         modes = engine.module.training, loss.requires_grad
+                    modes = *modes, engine.module.training
             results.append(parts(engine))
     same = all(
         np.array_equal(one.values[key], other.values[key])
@@ -254,7 +256,7 @@ def with_and_without_evaluation(stage: int, bf16: bool) -> tuple[bool, bool, boo
 
 @pytest.mark.parametrize(("stage", "bf16"), [(1, True), (2, False), (3, True)])
 def test_evaluation_between_steps_changes_nothing(gang: Gangs, stage: int, bf16: bool) -> None:
-    assert gang(2).run(with_and_without_evaluation, stage, bf16) == [(True, False, False)] * 2
+    assert gang(2).run(with_and_without_evaluation, stage, bf16) == [(True, False, False, True)] * 2
 
 
 def start_of_bf16(stage: int) -> tuple[list[Part], dict[str, NDArray[np.float32]]]:
