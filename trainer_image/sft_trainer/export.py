@@ -32,12 +32,12 @@ def export_model(
     `state_dict` holds the model's parameters in bf16 by the names of `model`, tied ones once; `model` gives
     everything else, its own weights are not read (under ZeRO-3 they are not there).
     """
+    model.generation_config = _valid_generation_config(model)
     model.save_pretrained(folder, state_dict=_whole_state(state_dict, model), max_shard_size=SHARD_SIZE)
     config = copy.deepcopy(model.config)
     config.use_cache = True
     config.dtype = torch.bfloat16
     config.save_pretrained(folder)
-    _generation_config(model).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
@@ -72,7 +72,7 @@ def _whole_state(state_dict: Mapping[str, Tensor], model: PreTrainedModel) -> di
     return {**{name: value for name, value in everything.items() if name not in tied}, **state_dict}
 
 
-def _generation_config(model: PreTrainedModel) -> GenerationConfig:
+def _valid_generation_config(model: PreTrainedModel) -> GenerationConfig:
     """The model's own, made valid: some published ones set a temperature and forget do_sample."""
     config = copy.deepcopy(model.generation_config)
     config._from_model_config = False  # else whoever loads it makes it anew from the config, with one end of turn

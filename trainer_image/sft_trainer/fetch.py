@@ -75,14 +75,7 @@ def _matches(key: str, patterns: list[str]) -> bool:
 
 
 def _from_hub(model: Model, weights: bool) -> Path:
-    name = model.uri.removeprefix("hf://").strip("/")
-    if name.count("/") > 1 or "@" in name:
-        raise RunError(
-            ExitCode.CONFIGURATION,
-            f"{model.uri!r} does not name a model of the Hub: write hf://owner/name, and a branch, tag or commit in "
-            "spec.model.revision.",
-            URI_PATH,
-        )
+    name = model.uri.removeprefix("hf://")
     folder = _snapshot(name, model, SAFETENSORS if weights else None)
     if weights and not any(folder.glob(SAFETENSORS)):
         folder = _snapshot(name, model, PICKLES)
