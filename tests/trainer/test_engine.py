@@ -243,15 +243,15 @@ def with_and_without_evaluation(stage: int, bf16: bool) -> tuple[bool, bool, boo
                 if evaluates:
                     with engine.evaluating():
                         loss = engine(make_samples(9, 2))
-                        modes = engine.module.training, loss.requires_grad
-                    modes = *modes, engine.module.training
+                        inside = engine.module.training, loss.requires_grad
+                    outside = engine.module.training
             results.append(parts(engine))
     same = all(
         np.array_equal(one.values[key], other.values[key])
         for one, other in zip(*results, strict=True)
         for key in one.values
     )
-    return same, *modes
+    return same, *inside, outside
 
 
 @pytest.mark.parametrize(("stage", "bf16"), [(1, True), (2, False), (3, True)])
