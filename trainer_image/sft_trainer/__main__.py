@@ -37,6 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
     claim_stdout()
     if options.command == "rank":
         return rank(options)
+    signal.signal(signal.SIGTERM, told_to_stop)
     outcome = account_for(lambda: COMMANDS[options.command](options, read_config(options.run)))
     finish(outcome)
     return outcome.code
@@ -106,14 +107,13 @@ def prepare(options: argparse.Namespace, config: RunConfig) -> Outcome:
     """Tokenise the data; also the first proof of credentials, write permission and access to the model."""
     from sft_trainer.preparation import prepare_job
 
-    signal.signal(signal.SIGTERM, told_to_stop)
     prepared = prepare_job(config, say, options.processes)
     samples = sum(prepared.summaries[fingerprint].samples for fingerprint in prepared.phases)
     return Outcome(0, f"{samples:,} samples are ready")
 
 
 def told_to_stop(number: int, frame: object) -> None:
-    raise RunError(ExitCode.PREEMPTED, "told to stop while preparing the data; run again to start over")
+    raise RunError(ExitCode.PREEMPTED, "told to stop before the training began; run again to go on")
 
 
 def train(options: argparse.Namespace, config: RunConfig) -> Outcome:
@@ -152,8 +152,8 @@ def rank(options: argparse.Namespace) -> int:
 
 def rank_account(options: argparse.Namespace, work: Path, stop: StopFlag) -> Account:
     from sft_trainer.engine import as_run_error
-    from sft_trainer.job import Progress
     from sft_trainer.rank import run_rank
+    from sft_trainer.train import Progress
 
     progress = Progress()
     try:

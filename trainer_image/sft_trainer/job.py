@@ -37,14 +37,6 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
 
 @dataclass
-class Progress:
-    """How far this rank is, for its account should it fail."""
-
-    step: int | None = None
-    checkpoint_step: int | None = None
-
-
-@dataclass
 class Job:
     """Everything that `train` walks through; each part is what its module says."""
 
@@ -60,7 +52,6 @@ class Job:
     exports: Exports
     signals: Signals
     cursor: Cursor
-    progress: Progress
 
     def validate(self, step: int, phase: str) -> float | None:
         """Score the held-out data, if there is any; collective. Returns the loss."""
@@ -71,7 +62,7 @@ class Job:
         return metrics.loss
 
 
-def assemble(config: RunConfig, attempt: int, model_folder: Path, work: Path, ranks: Ranks, progress: Progress) -> Job:
+def assemble(config: RunConfig, attempt: int, model_folder: Path, work: Path, ranks: Ranks) -> Job:
     """Load, choose and restore until the next step can be taken; collective."""
     torch.manual_seed(config.seed + ranks.rank)
     store, prepared = job_store(config), prepared_job(config)
@@ -130,9 +121,7 @@ def assemble(config: RunConfig, attempt: int, model_folder: Path, work: Path, ra
             device=device_name(ranks.device),
         )
     )
-    return Job(
-        config, ranks, numbers, engine, packer, data, schedule, validation, saver, exports, signals, cursor, progress
-    )
+    return Job(config, ranks, numbers, engine, packer, data, schedule, validation, saver, exports, signals, cursor)
 
 
 def choose_packing(config: RunConfig, model: PreTrainedModel, ranks: Ranks) -> tuple[Packing, str, str]:

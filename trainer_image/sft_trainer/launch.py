@@ -137,8 +137,8 @@ class Supervisor:
 
     def wait(self) -> None:
         failed_at: float | None = None
-        while any(child.poll() is None for child in self.children):
-            if failed_at is None and any(child.returncode not in (None, 0) for child in self.children):
+        while None in (codes := [child.poll() for child in self.children]):
+            if failed_at is None and any(codes):
                 failed_at = time.monotonic()
             if failed_at is not None and time.monotonic() - failed_at > SETTLE_SECONDS and not self.signals:
                 self.kill()

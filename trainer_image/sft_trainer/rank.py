@@ -7,27 +7,45 @@ from pathlib import Path
 
 import torch
 
-from sft_api.run import RunConfig
+from sft_api.run import ExitCode, RunConfig, RunError
 from sft_trainer.engine import init_distributed
-from sft_trainer.job import COLLECTIVE_TIMEOUT, Progress, assemble
+from sft_trainer.job import COLLECTIVE_TIMEOUT, assemble
 from sft_trainer.ranks import Ranks
 from sft_trainer.stopping import StopFlag
-from sft_trainer.train import train
+from sft_trainer.train import Progress, train
 
 
 def run_rank(
     config: RunConfig, attempt: int, model_folder: Path, work: Path, stop: StopFlag, progress: Progress
 ) -> str:
     """Join the gang and train; returns what was achieved, in a sentence. `progress` is kept current for the account."""
-    on_gpu = config.trainer.gpus_per_node > 0 and torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
-    if not on_gpu:
+    device = choose_device(config)
+    if device.type == "cpu":
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    rank, world, local_rank = init_distributed(device, COLLECTIVE_TIMEOUT)
-    ranks = Ranks(rank, world, local_rank, device)
-    job = assemble(config, attempt, model_folder, work, ranks, progress)
+    ranks = Ranks(*init_distributed(device, COLLECTIVE_TIMEOUT), device)
+    job = assemble(config, attempt, model_folder, work, ranks)
     try:
-        train(job, stop)
+        train(job, stop, progress)
+    except RunError as error:
+        if error.code is ExitCode.DIVERGED:  # on all ranks alike, and a save on its way is from before
+            job.saver.wait()
+        raise
     finally:
+        progress.checkpoint_step = job.saver.committed_step
         job.signals.close()
     return f"trained {job.schedule.total_steps:,} steps; results are under {config.checkpoints.uri}"
+
+
+def choose_device(config: RunConfig) -> torch.device:
+    """This rank's GPU, or the CPU where the job asks for none."""
+    if config.trainer.gpus_per_node == 0:
+        return torch.device("cpu")
+    local_rank = int(os.environ["LOCAL_RANK"])
+    visible = torch.cuda.device_count()
+    if local_rank >= visible:
+        raise RunError(
+            ExitCode.CONFIGURATION,
+            f"local rank {local_rank} needs a GPU of its own and {visible} can be seen here; 0 trains on the CPU",
+            path="spec.trainer.gpusPerNode",
+        )
+    return torch.device("cuda", local_rank)

@@ -120,17 +120,21 @@ class MetricsFile:
                 self.store.put(self.key, ("\n".join(self._lines) + "\n").encode())
 
     def close(self) -> None:
+        """Write the rest. What the store refuses now was warned of, and a checkpoint does not depend on it."""
         self._closed.set()
         self._thread.join()
-        self.flush()
+        self._flush_or_warn()
 
     def _keep_writing(self) -> None:
         while not self._closed.wait(UPLOAD_SECONDS):
-            try:
-                self.flush()
-            except RunError as error:  # the next commit flushes as well, and there it counts
-                self._changed.set()
-                say(Message(level="warning", text=f"the metrics could not be written yet: {error}"))
+            self._flush_or_warn()
+
+    def _flush_or_warn(self) -> None:
+        try:
+            self.flush()
+        except RunError as error:  # the next commit flushes as well, and there it counts
+            self._changed.set()
+            say(Message(level="warning", text=f"the metrics could not be written yet: {error}"))
 
 
 class Monitor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 
 import torch
 
@@ -16,7 +17,15 @@ from sft_trainer.signals import peak_flops, peak_memory, training_flops
 from sft_trainer.stopping import StopFlag
 
 
-def train(job: Job, stop: StopFlag) -> None:
+@dataclass
+class Progress:
+    """How far a rank is, for its account should it fail."""
+
+    step: int | None = None
+    checkpoint_step: int | None = None
+
+
+def train(job: Job, stop: StopFlag, progress: Progress) -> None:
     """Walk the schedule from the job's cursor to its end; collective.
 
     Returns when all is trained, committed and exported. Raises RunError with PREEMPTED after a committed checkpoint
@@ -55,7 +64,7 @@ def train(job: Job, stop: StopFlag) -> None:
             everyone = ranks.gather(mine)
             loss, told_to_stop = float(everyone[:, 0].sum()) / step.num_loss_tokens, bool(everyone[:, 1].any())
             guard(loss, grad_norm, cursor, engine.skipped)
-            job.progress.step = cursor.step
+            progress.step = cursor.step
             job.signals.emit(
                 step_metrics(
                     job, step, cursor, phase.name, loss, grad_norm, learning_rate, started, everyone[:, 3].max()

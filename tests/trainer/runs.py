@@ -1,0 +1,162 @@
+"""Small runs for tests: a job with a tiny model, and the case that a gang's ranks carry out."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sft_api import names
+from sft_api.events import StepMetrics, ValidationMetrics
+from sft_api.manifest import parse_job
+from sft_api.recipes import resolve
+from sft_api.run import RunConfig
+from sft_trainer.store import Store
+
+SPEC: dict[str, Any] = {
+    "recipe": "none",
+    "strategy": "Phased",
+    "epochs": 2,
+    "validation": {"fraction": 0.15, "every": {"steps": 3}},
+    "batch": {"effectiveBatchSize": 8, "maxTokensPerGPU": 160, "maxSequenceLength": 96},
+    "optimizer": {"learningRate": 0.003},
+    "trainer": {"gpusPerNode": 0, "precision": "FP32", "activationCheckpointing": False, "zeroStage": 1},
+    "checkpoints": {"every": {"steps": 2}, "keep": {"last": 100}, "export": "Never"},
+}
+"""Two phases, by `make_run`; 20 and 12 samples of which some are held out."""
+
+
+def write_conversations(path: Path, count: int, seed: int) -> Path:
+    """Questions of uneven length with short answers; one in four has two turns."""
+    chance = random.Random(seed)
+    with path.open("w", encoding="utf-8") as file:
+        for _ in range(count):
+            messages = []
+            for _ in range(1 + (chance.random() < 0.25)):
+                first, second = chance.randint(0, 99), chance.randint(0, 99)
+                question = f"Which is larger, {first} or {second}?" + " please" * chance.randint(0, 24)
+                messages += [
+                    {"role": "user", "content": question},
+                    {"role": "assistant", "content": f"{max(first, second)} is" + " larger" * chance.randint(1, 8)},
+                ]
+            file.write(json.dumps({"messages": messages}) + "\n")
+    return path
+
+
+def make_base(folder: Path) -> Path:
+    """A base model and two files of conversations, in one folder."""
+    from examples.make_model import make_model, read_texts
+
+    files = [write_conversations(folder / "one.jsonl", 26, 1), write_conversations(folder / "two.jsonl", 16, 2)]
+    make_model(folder / "model", read_texts(files), hidden=32, layers=2, heads=2, vocab=320)
+    return folder
+
+
+def make_run(base: Path, out: str, changes: dict[str, Any] | None = None) -> RunConfig:
+    """The run of `SPEC` with `changes` to it, a section at a time; its data is prepared."""
+    from sft_trainer.preparation import prepare_job
+
+    spec: dict[str, Any] = json.loads(json.dumps(SPEC))
+    spec["model"] = {"uri": f"file://{base}/model", "chatTemplate": {"name": "ChatML"}}
+    spec["phases"] = [{"name": name, "data": [{"uri": f"file://{base}/{name}.jsonl"}]} for name in ("one", "two")]
+    spec["checkpoints"]["uri"] = out
+    for key, value in (changes or {}).items():
+        spec[key] = {**spec[key], **value} if isinstance(value, dict) and isinstance(spec.get(key), dict) else value
+    document = {"apiVersion": "sftjob.dev/v1alpha1", "kind": "SFTJob", "metadata": {"name": "test"}, "spec": spec}
+    config = resolve(parse_job(document))
+    prepare_job(config, lambda event: None, processes=1)
+    return config
+
+
+class Died(Exception):
+    """Stands for the sudden end of a process: nothing of the run is told of it."""
+
+
+@dataclass
+class Script:
+    """What happens to a rank: told to stop, or dead, in the step of that number of this attempt."""
+
+    stop_in: int | None = None
+    die_in: int | None = None
+    steps: int = field(default=0, init=False)
+
+    @property
+    def is_set(self) -> bool:
+        """Asked for once in every step, after the optimizer's."""
+        self.steps += 1
+        if self.steps == self.die_in:
+            raise Died
+        return self.steps == self.stop_in
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How one attempt ended on one rank."""
+
+    code: int
+    message: str
+    memory: dict[str, float] = field(default_factory=dict)
+
+
+def attempt(run: str, number: int, work: str, script: Script) -> Ending:
+    """One attempt at a run, on a gang's rank: what `python -m sft_trainer rank` does, in a process that lives on."""
+    from datetime import timedelta
+
+    import torch
+    import torch.distributed as dist
+
+    from sft_api.run import RunError
+    from sft_trainer.job import assemble
+    from sft_trainer.ranks import Ranks
+    from sft_trainer.train import Progress, train
+
+    config = RunConfig.model_validate_json(run)
+    ranks = Ranks(dist.get_rank(), dist.get_world_size(), dist.get_rank(), torch.device("cpu"))
+    folder = Path(work) / f"attempt-{number}"
+    job = assemble(config, number, Path(config.model.uri.removeprefix("file://")), folder, ranks)
+    progress = Progress()
+    try:
+        train(job, script, progress)  # type: ignore[arg-type]
+        return Ending(0, "done")
+    except RunError as error:
+        return Ending(error.code, str(error))
+    except Died:
+        job.saver.wait()
+        return Ending(-9, "died")
+    finally:
+        job.signals.close()
+        job.engine.destroy()
+        dist.monitored_barrier(timeout=timedelta(seconds=60))
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a run left in its store."""
+
+    steps: dict[int, StepMetrics]
+    """By number; where attempts overlap, the latest counts."""
+    validations: dict[int, ValidationMetrics]
+    digests: dict[int, str]
+    """The parameters' digest at each committed step."""
+
+
+def read_run(out: str) -> Told:
+    from sft_trainer.checkpoint import list_checkpoints
+
+    store = Store.open(out)
+    steps: dict[int, StepMetrics] = {}
+    validations: dict[int, ValidationMetrics] = {}
+    for info in sorted(store.list(names.METRICS), key=lambda info: names.parse_metrics(info.key) or 0):
+        number = names.parse_metrics(info.key)
+        assert number is not None
+        for line in store.get(info.key).splitlines():
+            step = StepMetrics.model_validate_json(line)
+            steps[step.step] = step
+        for line in store.get(names.events(number)).splitlines():
+            if json.loads(line)["event"] == "validation":
+                scored = ValidationMetrics.model_validate_json(line)
+                validations[scored.step] = scored
+    digests = {row.step: row.parameters_digest for row in list_checkpoints(store, verify=False) if row.complete}
+    return Told(steps, validations, {step: digest for step, digest in digests.items() if digest})

@@ -1,0 +1,273 @@
+"""Whole runs on gangs of gloo ranks: DeepSpeed, the data path, the store. Only what interrupts them is staged."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from sft_api.run import ExitCode, RunConfig
+from sft_trainer.fetch import fetch_model
+from sft_trainer.job import open_data
+from sft_trainer.model import load_model
+from sft_trainer.plan import permutation, samples_digest
+from sft_trainer.preparation import prepared_job
+from sft_trainer.schedule import Schedule
+from sft_trainer.store import Store
+from sft_trainer.tokenizer import load_tokenizer
+from tests.gang import Gangs
+from tests.trainer.runs import Ending, Script, Told, attempt, make_base, make_run, read_run
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_base(tmp_path_factory.mktemp("base"))
+
+
+class Runs:
+    """Carries out attempts at one run after another, in a folder of its own."""
+
+    def __init__(self, gang: Gangs, base: Path, folder: Path):
+        self.gang, self.base, self.folder = gang, base, folder
+        self.attempts: Counter[str] = Counter()
+
+    def uri(self, name: str) -> str:
+        return f"file://{self.folder}/{name}"
+
+    def config(self, name: str, changes: dict[str, Any] | None = None) -> RunConfig:
+        return make_run(self.base, self.uri(name), changes)
+
+    def run(
+        self, name: str, world: int = 1, changes: dict[str, Any] | None = None, script: Script | None = None
+    ) -> Ending:
+        """One more attempt at the run `name`."""
+        config = self.config(name, changes).model_dump_json(by_alias=True)
+        self.attempts[name] += 1
+        work = f"{self.folder}/work"
+        endings = self.gang(world).run(attempt, config, self.attempts[name], work, script or Script())
+        assert len({ending.code for ending in endings}) == 1, endings
+        return endings[0]
+
+    def told(self, name: str) -> Told:
+        return read_run(self.uri(name))
+
+
+@pytest.fixture(scope="module")
+def runs(gang: Gangs, base: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs(gang, base, tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture(scope="module")
+def straight(runs: Runs) -> Told:
+    """The run of `runs.SPEC` without any interruption, on one rank with ZeRO 1."""
+    assert runs.run("straight").code == ExitCode.COMPLETED
+    return runs.told("straight")
+
+
+def figures(told: Told) -> list[tuple[object, ...]]:
+    """All of the steps and scores that depends on neither clock nor machine."""
+    timed = {"seconds", "tokens_per_second", "data_wait_seconds", "checkpoint_stall_seconds", "memory_bytes", "time"}
+    steps = [tuple(step.model_dump(exclude=timed).values()) for step in told.steps.values()]
+    return [*steps, *((v.step, v.phase, v.loss, v.accuracy) for v in told.validations.values())]
+
+
+def expected_digests(config: RunConfig) -> Iterator[str]:
+    """Which samples each step must hold, from the schedule alone."""
+    data, _ = open_data(config, prepared_job(config))
+    schedule = Schedule(config.phases, [len(phase.samples) for phase in data])
+    cursor = schedule.start()
+    while not schedule.is_done(cursor):
+        phase = data[cursor.phase]
+        order = permutation(len(phase.samples), config.seed, cursor.phase, cursor.epoch)
+        yield samples_digest(phase.dataset.content[phase.samples[order[schedule.sample_range(cursor)]]])
+        cursor = schedule.after(cursor, 0, 0, 0)
+
+
+def test_every_step_of_the_schedule_is_taken_once_with_its_own_samples(runs: Runs, straight: Told) -> None:
+    expected = list(expected_digests(runs.config("straight")))
+    assert list(straight.steps) == list(range(1, len(expected) + 1))
+    assert [step.samples_digest for step in straight.steps.values()] == expected
+    assert max(straight.digests) == len(expected)
+
+
+def reference_loss(config: RunConfig, samples: list[tuple[Any, Any]]) -> tuple[float, float, float]:
+    """Loss, gradient norm and accuracy over unpacked samples, one by one, in plain torch."""
+    folder = fetch_model(config.model, Path())
+    tokenizer = load_tokenizer(folder, config.model)
+    model = load_model(folder, config.model, tokenizer, config.trainer.precision, config.seed)
+    total, count, hits = torch.zeros((), dtype=torch.float64), 0, 0
+    for ids, is_target in samples:
+        tokens = torch.from_numpy(ids.astype("int64"))[None]
+        logits = model(input_ids=tokens, use_cache=False).logits[0, :-1]
+        wanted = torch.from_numpy(is_target[1:].copy())
+        targets = tokens[0, 1:][wanted]
+        total = total + F.cross_entropy(logits[wanted], targets, reduction="sum")
+        hits += int((logits[wanted].argmax(-1) == targets).sum())
+        count += len(targets)
+    (total / count).backward()
+    squares = [parameter.grad.square().sum() for parameter in model.parameters() if parameter.grad is not None]
+    return float(total) / count, float(torch.stack(squares).sum().sqrt()), hits / count
+
+
+def test_the_first_step_s_loss_and_gradient_norm_are_those_of_its_samples_one_by_one(
+    runs: Runs, straight: Told
+) -> None:
+    config = runs.config("straight")
+    data, _ = open_data(config, prepared_job(config))
+    order = permutation(len(data[0].samples), config.seed, 0, 0)[: data[0].effective_batch_size]
+    loss, norm, _ = reference_loss(config, [data[0].dataset.tokens(int(i)) for i in data[0].samples[order]])
+    assert straight.steps[1].loss == pytest.approx(loss, rel=1e-6)
+    assert straight.steps[1].grad_norm == pytest.approx(norm, rel=1e-5)
+
+
+def test_the_held_out_loss_is_that_of_its_samples_one_by_one(runs: Runs, straight: Told) -> None:
+    config = runs.config("straight")
+    _, held_out = open_data(config, prepared_job(config))
+    samples = [part.dataset.tokens(int(i)) for part in held_out for i in part.samples]
+    loss, _, accuracy = reference_loss(config, samples)
+    assert straight.validations[0].samples == len(samples)
+    assert straight.validations[0].loss == pytest.approx(loss, rel=1e-6)
+    assert straight.validations[0].accuracy == accuracy
+
+
+@pytest.mark.parametrize("stop_in", [1, 4, 6, 7, 9], ids=lambda step: f"step {step}")
+def test_a_run_that_is_told_to_stop_goes_on_bit_for_bit(runs: Runs, straight: Told, stop_in: int) -> None:
+    name = f"stopped-{stop_in}"
+    ending = runs.run(name, script=Script(stop_in=stop_in))
+    assert ending.code == ExitCode.PREEMPTED
+    assert ending.message == f"told to stop: step {stop_in} is committed; run again to go on"
+    assert max(runs.told(name).digests) == stop_in
+    assert runs.run(name).code == ExitCode.COMPLETED
+    told = runs.told(name)
+    assert figures(told) == figures(straight)
+    assert told.digests[max(told.digests)] == straight.digests[max(straight.digests)]
+
+
+def test_a_run_that_dies_again_and_again_ends_with_the_same_parameters(runs: Runs, straight: Told) -> None:
+    for die_in in (3, 4, 1, 5):
+        assert runs.run("dying", script=Script(die_in=die_in)).code < 0
+    assert runs.run("dying").code == ExitCode.COMPLETED
+    told = runs.told("dying")
+    assert figures(told) == figures(straight)
+    assert told.digests[max(told.digests)] == straight.digests[max(straight.digests)]
+
+
+def test_a_finished_run_is_finished_when_it_is_run_again(runs: Runs, straight: Told) -> None:
+    before = runs.told("straight")
+    assert runs.run("straight").code == ExitCode.COMPLETED
+    assert figures(runs.told("straight")) == figures(before)
+
+
+def same_training(told: Told, other: Told, tolerance: float) -> None:
+    assert [s.samples_digest for s in told.steps.values()] == [s.samples_digest for s in other.steps.values()]
+    for step, expected in zip(told.steps.values(), other.steps.values(), strict=True):
+        assert step.loss == pytest.approx(expected.loss, rel=tolerance)
+        assert (step.samples, step.tokens, step.loss_tokens) == (
+            expected.samples,
+            expected.tokens,
+            expected.loss_tokens,
+        )
+        assert step.learning_rate == expected.learning_rate
+    for score, expected_score in zip(told.validations.values(), other.validations.values(), strict=True):
+        assert score.loss == pytest.approx(expected_score.loss, rel=tolerance)
+
+
+@pytest.mark.parametrize(("world", "stage"), [(2, 1), (2, 2), (2, 3), (3, 3)])
+def test_ranks_and_stage_decide_who_computes_and_nothing_else(
+    runs: Runs, straight: Told, world: int, stage: int
+) -> None:
+    name = f"world-{world}-stage-{stage}"
+    assert runs.run(name, world, {"trainer": {"zeroStage": stage}}).code == ExitCode.COMPLETED
+    same_training(runs.told(name), straight, 1e-5)
+
+
+def test_a_run_goes_on_with_other_ranks_and_stages(runs: Runs, straight: Told) -> None:
+    for world, stage, stop_in in ((1, 1, 3), (2, 3, 3), (3, 2, 2)):
+        changes = {"trainer": {"zeroStage": stage}}
+        assert runs.run("moving", world, changes, Script(stop_in=stop_in)).code == ExitCode.PREEMPTED
+    assert runs.run("moving").code == ExitCode.COMPLETED
+    same_training(runs.told("moving"), straight, 1e-5)
+
+
+def test_padded_batches_train_the_same(runs: Runs, straight: Told) -> None:
+    assert runs.run("padded", 2, {"batch": {"packing": "Padded"}}).code == ExitCode.COMPLETED
+    same_training(runs.told("padded"), straight, 1e-5)
+
+
+def test_a_reset_of_the_optimizer_happens_once_whatever_dies_around_it(runs: Runs, base: Path, straight: Told) -> None:
+    phases = [
+        {"name": "one", "data": [{"uri": f"file://{base}/one.jsonl"}]},
+        {"name": "two", "data": [{"uri": f"file://{base}/two.jsonl"}], "optimizer": {"state": "Reset"}},
+    ]
+    assert runs.run("reset", changes={"phases": phases}).code == ExitCode.COMPLETED
+    told = runs.told("reset")
+    boundary = sum(step.phase == "one" for step in told.steps.values())
+    for stop_in in (boundary, 1):  # at the very end of the first phase, then after the first step of the second
+        runs.run("reset-stopped", changes={"phases": phases}, script=Script(stop_in=stop_in))
+    assert runs.run("reset-stopped", changes={"phases": phases}).code == ExitCode.COMPLETED
+    assert figures(runs.told("reset-stopped")) == figures(told)
+    assert told.steps[boundary + 1].loss == straight.steps[boundary + 1].loss
+    assert told.steps[boundary + 2].loss != straight.steps[boundary + 2].loss
+
+
+def test_by_length_walks_the_shorter_half_and_then_the_longer(runs: Runs) -> None:
+    changes = {"strategy": "ByLength", "epochs": 1}
+    assert runs.run("by-length", changes=changes).code == ExitCode.COMPLETED
+    steps = list(runs.told("by-length").steps.values())
+    config = runs.config("by-length", changes)
+    data, _ = open_data(config, prepared_job(config))
+    assert {step.phase for step in steps} == {"shorter", "longer"}
+    assert [step.samples_digest for step in steps] == list(expected_digests(config))
+    assert max(data[0].dataset.lengths[data[0].samples]) <= min(data[1].dataset.lengths[data[1].samples])
+
+
+def test_stacked_mixes_all_phases_in_one(runs: Runs) -> None:
+    changes = {"strategy": "Stacked", "epochs": 1}
+    assert runs.run("stacked", changes=changes).code == ExitCode.COMPLETED
+    config = runs.config("stacked", changes)
+    data, _ = open_data(config, prepared_job(config))
+    told = runs.told("stacked")
+    assert {step.phase for step in told.steps.values()} == {"stacked"}
+    assert told.steps[max(told.steps)].samples == len(data[0].samples)
+
+
+def test_bf16_trains_on_every_stage_with_the_same_samples(runs: Runs, straight: Told) -> None:
+    for world, stage in ((1, 1), (2, 2), (2, 3)):
+        name = f"bf16-{stage}"
+        changes = {"trainer": {"precision": "BF16", "zeroStage": stage, "activationCheckpointing": True}}
+        assert runs.run(name, world, changes).code == ExitCode.COMPLETED
+        same_training(runs.told(name), straight, 0.05)
+
+
+def test_a_run_that_diverges_says_so_and_keeps_what_was_good(runs: Runs) -> None:
+    changes = {"optimizer": {"learningRate": 1.0, "maxGradNorm": 1e9, "eps": 1e-30}, "epochs": 40}
+    ending = runs.run("diverging", changes=changes | {"checkpoints": {"every": {"steps": 1}}})
+    assert ending.code == ExitCode.DIVERGED
+    assert "the run has diverged" in ending.message
+    told = runs.told("diverging")
+    assert f"step {max(told.digests) + 1} has loss" in ending.message
+
+
+def test_a_checkpoint_of_another_run_is_not_gone_on_from(runs: Runs) -> None:
+    runs.run("other", script=Script(stop_in=2))
+    ending = runs.run("other", changes={"optimizer": {"learningRate": 0.001}})
+    assert ending.code == ExitCode.CONFIGURATION
+    assert ending.message.startswith("spec.checkpoints.uri: ")
+    assert "phase 0 (one): optimizer, phase 1 (two): optimizer differ from this run's" in ending.message
+
+
+def test_the_model_of_every_phase_is_exported_once(runs: Runs) -> None:
+    changes = {"checkpoints": {"export": "PhaseEnd"}}
+    runs.run("exported", changes=changes, script=Script(stop_in=7))
+    store = Store.open(runs.uri("exported"))
+    assert store.head("export/one/COMPLETE") is not None
+    first = store.head("export/one/MANIFEST.json")
+    assert store.head("export/two/COMPLETE") is None
+    assert runs.run("exported", changes=changes).code == ExitCode.COMPLETED
+    assert store.head("export/two/COMPLETE") is not None
+    assert store.head("export/one/MANIFEST.json") == first
