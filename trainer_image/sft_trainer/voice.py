@@ -19,30 +19,31 @@ from sft_api.events import (
     ValidationMetrics,
 )
 
-_out: TextIO = sys.stdout
+_claimed: TextIO | None = None
 
 
 def claim_stdout() -> None:
     """Keep stdout for events: whatever else this process or its libraries print goes to stderr from now on."""
-    global _out
-    if _out is sys.stdout:
-        _out = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
+    global _claimed
+    if _claimed is None:
+        _claimed = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
         os.dup2(2, 1)
 
 
 def event_stream() -> int:
     """File descriptor of the events, for processes that speak for this one."""
-    return _out.fileno()
+    return (_claimed or sys.stdout).fileno()
 
 
 def say(event: Event) -> None:
     """Print one event. A reader that has gone away does not end the run."""
     line = event.model_dump_json(by_alias=True) if os.environ.get("SFT_LOG_FORMAT") == "json" else sentence(event)
+    out = _claimed or sys.stdout
     try:
-        _out.write(line + "\n")  # one write: other threads speak as well
-        _out.flush()
+        out.write(line + "\n")  # one write: other threads speak as well
+        out.flush()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), _out.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
 
 
 def sentence(event: Event) -> str:

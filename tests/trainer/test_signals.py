@@ -1,0 +1,135 @@
+"""What a run can be asked over HTTP, and what its metrics file holds while it goes on."""
+
+from __future__ import annotations
+
+import json
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+import torch
+
+from sft_api import names
+from sft_api.events import CheckpointCommitted, StepMetrics, ValidationMetrics
+from sft_trainer.model import ModelNumbers
+from sft_trainer.signals import Monitor, Signals, peak_flops, training_flops
+from sft_trainer.store import Store
+
+
+def a_step(number: int, **changes: object) -> StepMetrics:
+    facts: dict[str, object] = {
+        "step": number,
+        "phase": "one",
+        "epoch": 1,
+        "loss": 2.0 / number,
+        "grad_norm": 0.5,
+        "learning_rate": 2e-5,
+        "samples": 8 * number,
+        "tokens": 100 * number,
+        "loss_tokens": 40 * number,
+        "samples_digest": "d",
+        "seconds": 2.0,
+        "tokens_per_second": 50.0,
+        "mfu": None,
+        "packing_efficiency": 0.99,
+        "packing_bound": 1.0,
+        "micro_batches": 3,
+        "data_wait_seconds": 0.01,
+        "checkpoint_stall_seconds": 0.25,
+        "memory_bytes": 1000,
+        "time": 1000.0 + 2.0 * number,
+    }
+    return StepMetrics.model_validate(facts | changes, by_name=True)
+
+
+@pytest.fixture
+def signals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Signals:
+    return Signals(Store.open(f"file://{tmp_path}"), 3, Monitor("granite", total_steps=10))
+
+
+def get(port: int, path: str) -> str:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}") as answer:
+        return str(answer.read().decode())
+
+
+def test_every_figure_of_a_step_is_in_prometheus_form(signals: Signals) -> None:
+    port = signals.monitor.serve(0, "127.0.0.1")
+    signals.emit(a_step(1, mfu=0.41))
+    metrics = get(port, "/metrics")
+    for name, value in {
+        "loss": 2.0,
+        "grad_norm": 0.5,
+        "learning_rate": 2e-5,
+        "tokens_per_second": 50.0,
+        "mfu": 0.41,
+        "packing_efficiency": 0.99,
+        "packing_bound": 1.0,
+        "data_wait_seconds": 0.01,
+        "checkpoint_stall_seconds": 0.25,
+        "memory_bytes": 1000.0,
+        "step": 1.0,
+        "loss_tokens": 40.0,
+    }.items():
+        assert f'sft_{name}{{job="granite",phase="one"}} {value}\n' in metrics
+    assert 'sft_total_steps{job="granite"} 10.0' in metrics
+    signals.close()
+
+
+def test_progress_says_how_far_it_is_and_how_long_it_will_take(signals: Signals) -> None:
+    port = signals.monitor.serve(0, "127.0.0.1")
+    signals.emit(a_step(5))  # the first of this attempt, which went on from step 4
+    signals.emit(a_step(6))
+    signals.emit(
+        ValidationMetrics(step=6, phase="one", loss=1.5, accuracy=0.3, samples=4, loss_tokens=9, seconds=1, time=1)
+    )
+    signals.emit(CheckpointCommitted(step=6, phase="one", uri="file:///x", bytes=1, seconds=1, stall_seconds=0, time=1))
+    progress = json.loads(get(port, "/progress"))
+    assert progress["step"] == 6
+    assert progress["percent"] == 60.0
+    assert progress["etaSeconds"] == 8.0
+    assert progress["validationLoss"] == 1.5
+    assert progress["checkpointStep"] == 6
+    assert get(port, "/healthz") == "ok\n"
+    with pytest.raises(urllib.error.HTTPError, match="404"):
+        get(port, "/elsewhere")
+    signals.close()
+
+
+def test_steps_and_other_events_are_in_the_store_as_soon_as_they_are_flushed(signals: Signals, tmp_path: Path) -> None:
+    signals.emit(a_step(1))
+    signals.flush()
+    signals.emit(a_step(2))
+    assert len((tmp_path / names.metrics(3)).read_text().splitlines()) == 1
+    signals.flush()
+    lines = [json.loads(line) for line in (tmp_path / names.metrics(3)).read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2]
+    assert lines[0]["gradNorm"] == 0.5
+    assert not (tmp_path / names.events(3)).exists()
+    signals.close()
+
+
+def test_what_was_emitted_is_in_the_store_after_the_close(signals: Signals, tmp_path: Path) -> None:
+    signals.emit(a_step(1))
+    signals.close()
+    assert len((tmp_path / names.metrics(3)).read_text().splitlines()) == 1
+
+
+def test_a_store_that_refuses_the_metrics_is_a_warning_until_a_checkpoint_needs_them(
+    signals: Signals, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "metrics").write_text("a file where the folder should be")
+    signals.emit(a_step(1))
+    signals.close()
+    assert "warning: the metrics could not be written yet" in capsys.readouterr().out
+
+
+def test_training_flops_are_six_a_parameter_and_token_and_those_of_causal_attention() -> None:
+    numbers = ModelNumbers(
+        parameters=12, matrix_parameters=10, layers=2, width=4, hidden=4, vocabulary=5, quadratic_length=1.25
+    )
+    assert training_flops(numbers, tokens=3, squared_lengths=5) == 6 * 10 * 3 + 6 * 2 * 4 * 5
+
+
+def test_no_peak_is_made_up_for_a_cpu() -> None:
+    assert peak_flops(torch.device("cpu")) is None
