@@ -13,7 +13,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from sft_api.run import ExitCode, RunError
 from sft_api.spec import Attention
 from sft_trainer.attention import choose_attention, padded_attention, self_test, stock_attention
-from sft_trainer.attention_backends import packed_arguments, register_backends, sample_sdpa
+from sft_trainer.attention_backends import packed_arguments, register_backends, sample_sdpa, varlen
 from tests.trainer.architectures import PACKABLE, UNPACKABLE, packed, random_samples, tiny_model
 
 LENGTHS = (9, 41, 30, 1)
@@ -151,6 +151,21 @@ def test_a_packed_backend_without_lengths_raises_rather_than_attend_to_everythin
     model.set_attn_implementation("sample_sdpa")
     with pytest.raises(ValueError, match="needs packed samples"):
         model(input_ids=torch.tensor([[1, 2, 3]]))
+
+
+@pytest.mark.parametrize("window", [None, 8])
+def test_varlen_calls_the_installed_torch_as_it_wants_to_be_called(window: int | None) -> None:
+    """On meta tensors: names and shapes of what is passed, and the backward pass. What it computes needs a GPU."""
+    query = torch.empty(1, 8, 64, 32, device="meta", dtype=torch.bfloat16, requires_grad=True)
+    key = torch.empty(1, 2, 64, 32, device="meta", dtype=torch.bfloat16, requires_grad=True)
+    starts = torch.empty(4, device="meta", dtype=torch.int32)
+    out, _ = varlen(
+        nn.Module(), query, key, key, None, 0.1, sliding_window=window, cu_seq_lens_q=starts, max_length_q=30
+    )
+    assert out.shape == (1, 64, 8, 32)
+    out.sum().backward()
+    assert key.grad is not None
+    assert key.grad.shape == key.shape
 
 
 def test_text_is_generated_under_stock_attention() -> None:

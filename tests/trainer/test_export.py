@@ -229,6 +229,12 @@ def test_an_equal_export_that_is_complete_is_left_alone(folder: Path, store: Sto
     assert {info.key: info.modified for info in store.list()} == before
 
 
+def test_the_manifest_is_that_of_the_last_export_even_where_no_weight_changed(folder: Path, store: Store) -> None:
+    upload_export(folder, store, {"step": 7})
+    upload_export(folder, store, {"step": 9})
+    assert json.loads(store.get("MANIFEST.json"))["step"] == 9
+
+
 def test_a_half_written_export_is_finished(folder: Path, store: Store) -> None:
     store.put("model.safetensors", b"half")
     upload_export(folder, store, {"step": 7})

@@ -44,19 +44,20 @@ def export_model(
 def upload_export(folder: Path, store: Store, facts: Mapping[str, Any]) -> int:
     """Puts an exported folder into `store`, the child at `export/<phase>`: files, MANIFEST.json, COMPLETE last.
 
-    What an earlier attempt left there is replaced; an equal export that is complete is left alone. `facts` stand in
-    the manifest beside the files. Returns the bytes of all files.
+    What an earlier attempt left there is replaced; an equal export that is complete is left alone. `facts` (JSON)
+    stand in the manifest beside the files. Returns the bytes of all files.
     """
     files = {path.name: _described(path) for path in sorted(folder.iterdir()) if path.is_file()}
     total: int = sum(file["bytes"] for file in files.values())
-    if _is_complete(store, files):
+    manifest = {**facts, "files": files}
+    if _is_complete(store, manifest):
         return total
     # Not whole from here until the new COMPLETE, whoever looks.
     store.delete([names.COMPLETE])
     store.delete([info.key for info in store.list() if info.key not in files])
     for name in files:
         store.put(name, folder / name)
-    store.put(names.MANIFEST, json.dumps({**facts, "files": files}, indent=2).encode())
+    store.put(names.MANIFEST, json.dumps(manifest, indent=2).encode())
     store.make_durable([*files, names.MANIFEST])
     store.create(names.COMPLETE, b"")
     store.make_durable([names.COMPLETE])
@@ -83,12 +84,12 @@ def _valid_generation_config(model: PreTrainedModel) -> GenerationConfig:
     return config
 
 
-def _is_complete(store: Store, files: Mapping[str, Any]) -> bool:
+def _is_complete(store: Store, manifest: Mapping[str, Any]) -> bool:
     if store.head(names.COMPLETE) is None:
         return False
     try:
-        return bool(json.loads(store.get(names.MANIFEST))["files"] == files)
-    except (ObjectMissing, ValueError, KeyError):
+        return bool(json.loads(store.get(names.MANIFEST)) == manifest)
+    except (ObjectMissing, ValueError):
         return False
 
 
