@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from sft_api.events import PreparedMetrics, PrepareProgress
 from sft_api.run import Lengths, ResolvedBatch, ResolvedOptimizer, ResolvedPhase, RunConfig
@@ -47,6 +47,21 @@ def byte_level(vocabulary: int = 400, special: Iterable[str] = ("<s>", "</s>")) 
     return tokenizer
 
 
+def metaspace() -> Tokenizer:
+    """A BPE with byte fallback and blanks as a character, as Llama 2 has it."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, show_progress=False)
+    tokenizer.train_from_iterator(TEXT, trainer)
+    state = json.loads(tokenizer.to_str())
+    state["added_tokens"] = state["added_tokens"][:3]
+    return Tokenizer.from_str(json.dumps(state))
+
+
 def with_bos(tokenizer: Tokenizer) -> Tokenizer:
     """The same, beginning every text with <s>, and with offsets trimmed as Llama 3's are."""
     tokenizer.post_processor = processors.Sequence(
@@ -64,8 +79,10 @@ def save_model_folder(
     """A folder as a model's repository has it, but for weights."""
     from transformers import PreTrainedTokenizerFast
 
-    tokens = tokens or {"bos_token": "<s>", "eos_token": "</s>"}
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer or byte_level(), **tokens)
+    tokenizer = tokenizer or byte_level()
+    if not tokens and tokenizer.token_to_id("<s>") is not None:
+        tokens = {"bos_token": "<s>", "eos_token": "</s>"}
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **tokens)
     if chat_template is not None:
         fast.chat_template = chat_template
     fast.save_pretrained(folder)

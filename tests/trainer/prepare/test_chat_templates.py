@@ -14,7 +14,7 @@ from sft_trainer.prepare.chat import encoder_spec
 from sft_trainer.prepare.conversations import parse_conversation
 from sft_trainer.prepare.masks import TemplateFailed
 from sft_trainer.prepare.samples import Encoder, Sample
-from tests.trainer.prepare.builders import byte_level, load, save_model_folder, with_bos
+from tests.trainer.prepare.builders import byte_level, load, metaspace, save_model_folder, with_bos
 from tests.trainer.prepare.conversations import MULTI_TURN, REASONING, SINGLE, SYSTEM, TOOL, TOOLS, Messages
 
 BUILT_IN = ("ChatML", "Llama3", "Granite", "Mistral", "Zephyr")
@@ -166,3 +166,14 @@ def test_content_as_a_list_of_texts_is_content_as_a_string(named: tuple[str, Any
     parts = [{"type": "text", "text": "The answer "}, {"type": "text", "text": "is 42."}]
     listed = encode(tokenizer, [SINGLE[0], {"role": "assistant", "content": parts}])
     assert listed.ids.tolist() == encode(tokenizer, SINGLE).ids.tolist()
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_a_tokenizer_that_writes_blanks_as_a_character_is_masked_as_transformers_does(
+    name: str, tmp_path: Path
+) -> None:
+    tokenizer = load(save_model_folder(tmp_path, metaspace()), name=name)
+    sample = encode(tokenizer, MULTI_TURN)
+    peer = tokenizer.apply_chat_template(MULTI_TURN, return_dict=True, return_assistant_tokens_mask=True)
+    assert sample.ids.tolist() == peer["input_ids"]
+    assert sample.mask.astype(int).tolist() == peer["assistant_masks"]

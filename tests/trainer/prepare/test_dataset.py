@@ -60,7 +60,8 @@ def test_every_sample_comes_back_in_its_order_across_batches(tmp_path: Path) -> 
     assert found.lengths.dtype == found.num_loss_tokens.dtype == np.int32
     assert found.content.dtype == np.uint64
     ids, mask = found.tokens(np.int64(3))
-    assert (ids.dtype, mask.dtype) == (np.int32, np.bool_)
+    assert ids.dtype == np.int32
+    assert mask.dtype == np.bool_
     assert not (tmp_path / "cache").exists()
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import operator
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import SupportsIndex
 
 import numpy as np
 import pyarrow as pa
@@ -60,10 +62,11 @@ class Dataset:
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def tokens(self, index: int) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
+    def tokens(self, index: SupportsIndex) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
         """Token ids [length], read-only and not copied, and the loss mask [length]: whether a token is a target."""
-        batch = int(np.searchsorted(self._ends, index, side="right"))
-        row = int(index) - (int(self._ends[batch - 1]) if batch else 0)
+        place = operator.index(index)
+        batch = int(np.searchsorted(self._ends, place, side="right"))
+        row = place - (int(self._ends[batch - 1]) if batch else 0)
         ids = self._ids[batch][row].values.to_numpy()
         return ids, unpack_mask(self._masks[batch][row].as_buffer(), len(ids))
 

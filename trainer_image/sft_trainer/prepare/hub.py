@@ -109,11 +109,12 @@ def _endpoint() -> str | None:
 @contextmanager
 def _errors(repository: Repository, path: str) -> Iterator[None]:
     """Turn what the Hub's client raises into RunError, or FileNotFoundError for a missing file."""
+    # Whichever HTTP library the client is built on: the base of its errors.
     from huggingface_hub.errors import (
         EntryNotFoundError,
         GatedRepoError,
         HfHubHTTPError,
-        HTTPError,
+        HTTPError,  # type: ignore[attr-defined]
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,

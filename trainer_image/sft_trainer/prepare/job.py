@@ -26,7 +26,7 @@ from sft_trainer.prepare.writer import ShardWriter, SourceFile, Summary, commit,
 from sft_trainer.store import Store
 
 VALIDATION = "validation"
-"""Name under which the validation data is reported; no phase may have it."""
+"""Name under which the validation data is reported."""
 PREPARE_VERSION = 1
 """Raise it whenever the same input would give other ids or masks: a test holds their digest."""
 _PROGRESS_SECONDS = 0.5
@@ -87,10 +87,9 @@ def prepare(config: RunConfig, store: Store, tokenizer: Any, report: Report, pro
         summaries[fingerprint] = summary
         fingerprints.append(fingerprint)
         report(_metrics(part.name, summary, found is not None, time.monotonic() - start))
-    has_validation = parts[-1].name == VALIDATION
     return PreparedJob(
         phases=fingerprints[: len(config.phases)],
-        validation=fingerprints[-1] if has_validation else None,
+        validation=fingerprints[-1] if len(parts) > len(config.phases) else None,
         summaries=summaries,
     )
 

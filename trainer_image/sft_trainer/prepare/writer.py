@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import tempfile
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
@@ -18,6 +19,7 @@ import pyarrow as pa
 from sft_api import names
 from sft_api.base import ApiModel
 from sft_api.events import PreviewMessage
+from sft_api.run import ExitCode, RunError
 from sft_trainer.prepare.pool import SCHEMA
 from sft_trainer.prepare.samples import Tally
 from sft_trainer.store import Store
@@ -88,8 +90,7 @@ class ShardWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._file is not None:
-            self._file.close()
+        # An open file is left to its destructor: closing it would write, perhaps to the disk that has just failed.
         self._folder.cleanup()
 
     def add(self, batch: pa.RecordBatch) -> None:
@@ -121,10 +122,12 @@ class ShardWriter:
     def _flush(self) -> None:
         if not self._pending:
             return
-        if self._file is None:
-            self._file = pa.ipc.new_file(str(self._path), SCHEMA)
-        for batch in pa.Table.from_batches(self._pending).combine_chunks().to_batches():
-            self._file.write_batch(batch)
+        batches = pa.Table.from_batches(self._pending).combine_chunks().to_batches()
+        with self._disk_errors():
+            if self._file is None:
+                self._file = pa.ipc.new_file(str(self._path), SCHEMA)
+            for batch in batches:
+                self._file.write_batch(batch)
         self._shard_samples += self._pending_samples
         self._pending, self._pending_tokens, self._pending_samples = [], 0, 0
         if self._path.stat().st_size >= SHARD_BYTES:
@@ -133,8 +136,9 @@ class ShardWriter:
     def _end_shard(self) -> None:
         if self._file is None:
             return
-        self._file.close()
-        self._file = None
+        file, self._file = self._file, None
+        with self._disk_errors():
+            file.close()
         path = self._path
         with path.open("rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
@@ -143,6 +147,18 @@ class ShardWriter:
         path.unlink()
         self.shards.append(shard)
         self._shard_samples = 0
+
+    @contextmanager
+    def _disk_errors(self) -> Iterator[None]:
+        """Turn a full disk here, before anything reaches the store, into RunError."""
+        try:
+            yield
+        except OSError as error:
+            message = (
+                f"a shard cannot be written to {self._folder.name}: {error}. Free some space there "
+                f"({SHARD_BYTES >> 20} MiB are enough), or name another folder in TMPDIR."
+            )
+            raise RunError(ExitCode.STORE_REFUSED, message) from error
 
 
 def summarise(
