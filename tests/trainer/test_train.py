@@ -13,11 +13,11 @@ import torch.nn.functional as F
 
 from sft_api.run import ExitCode, RunConfig
 from sft_trainer.fetch import fetch_model
-from sft_trainer.job import open_data
 from sft_trainer.model import load_model
 from sft_trainer.plan import permutation, samples_digest
 from sft_trainer.preparation import prepared_job
 from sft_trainer.schedule import Schedule
+from sft_trainer.split import open_data
 from sft_trainer.store import Store
 from sft_trainer.tokenizer import load_tokenizer
 from tests.gang import Gangs

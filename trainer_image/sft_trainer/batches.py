@@ -15,46 +15,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from sft_trainer.plan import StepPlan, pack, pack_padded, permutation, samples_digest
-from sft_trainer.prepare.dataset import Dataset
+from sft_trainer.plan import Packer, StepPlan, permutation, samples_digest
+from sft_trainer.prepare import Dataset
+from sft_trainer.split import PhaseData
 
 IGNORED = -100
 """The label of a token that bears no loss."""
 
 MicroBatch = dict[str, object]
 """Keyword arguments of `PackedLM.forward`."""
-
-
-@dataclass(frozen=True)
-class Packer:
-    """How steps are spread over ranks and micro-batches.
-
-    Args:
-        ranks: world size.
-        equal_counts: whether every rank must run the same number of micro-batches (ZeRO 2 and 3).
-        padded: whether samples lie in rows of equal length instead of side by side.
-        quadratic_length: L0 of `cost(l) = l + l²/L0`, in tokens.
-    """
-
-    ranks: int
-    equal_counts: bool
-    padded: bool
-    quadratic_length: float
-
-    def plan(self, lengths: NDArray[np.int32], capacity: int) -> StepPlan:
-        if self.padded:
-            return pack_padded(lengths, self.ranks, capacity, self.quadratic_length)
-        return pack(lengths, self.ranks, capacity, self.quadratic_length, self.equal_counts)
-
-
-@dataclass(frozen=True)
-class PhaseData:
-    """The samples of one phase: indices into its prepared data set, in file order."""
-
-    dataset: Dataset
-    samples: NDArray[np.int64]
-    effective_batch_size: int
-    capacity: int
 
 
 @dataclass(frozen=True)

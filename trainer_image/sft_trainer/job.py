@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 
-import numpy as np
 import psutil
 import torch
 from transformers import PreTrainedModel
@@ -16,21 +15,21 @@ from sft_api.events import Message, PhasePlan, Started
 from sft_api.run import ExitCode, RunConfig, RunError
 from sft_api.spec import Packing, Precision
 from sft_trainer.attention import choose_attention, padded_attention
-from sft_trainer.batches import Packer, PhaseData
 from sft_trainer.engine import Engine
 from sft_trainer.exports import Exports
 from sft_trainer.loss import PackedLM
 from sft_trainer.memory import memory_need
 from sft_trainer.model import ModelNumbers, load_model, model_numbers
-from sft_trainer.preparation import cache_folder, data_store, job_store, prepared_job
-from sft_trainer.prepare import Dataset, PreparedJob, held_out_samples, training_samples
+from sft_trainer.plan import Packer
+from sft_trainer.preparation import job_store, prepared_job
 from sft_trainer.ranks import Ranks
 from sft_trainer.saving import Saver
 from sft_trainer.schedule import Cursor, Schedule
 from sft_trainer.signals import Monitor, NoSignals, Signals
+from sft_trainer.split import PhaseData, open_data
 from sft_trainer.store import Store
 from sft_trainer.tokenizer import load_tokenizer
-from sft_trainer.validation import HeldOut, Validation
+from sft_trainer.validation import Validation
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 """How long a rank waits for the others in one collective: longer than the longest export."""
@@ -139,24 +138,6 @@ def choose_packing(config: RunConfig, model: PreTrainedModel, ranks: Ranks) -> t
             )
     choice = padded_attention(model, config.trainer.attention)
     return Packing.PADDED, choice.backend, choice.reason
-
-
-def open_data(config: RunConfig, prepared: PreparedJob) -> tuple[list[PhaseData], list[HeldOut]]:
-    """The samples to train on, a phase at a time, and those held out."""
-    store, cache = data_store(config), cache_folder() / "data"
-    datasets = {name: Dataset.open(store, name, cache) for name in prepared.summaries}
-    fraction = config.validation.fraction if config.validation else None
-    data = []
-    for phase, fingerprint in zip(config.phases, prepared.phases, strict=True):
-        dataset = datasets[fingerprint]
-        samples = training_samples(dataset, fraction, config.seed, phase.lengths)
-        data.append(PhaseData(dataset, samples, phase.batch.effective_batch_size, phase.batch.max_tokens_per_gpu))
-    if fraction is not None:
-        return data, [HeldOut(one, held_out_samples(one, fraction, config.seed)) for one in datasets.values()]
-    if prepared.validation is not None:
-        dataset = datasets[prepared.validation]
-        return data, [HeldOut(dataset, np.arange(len(dataset)))]
-    return data, []
 
 
 def choose_stage(config: RunConfig, numbers: ModelNumbers, ranks: Ranks) -> int:

@@ -112,6 +112,29 @@ def pack_padded(lengths: NDArray[np.integer], ranks: int, capacity: int, quadrat
     return _plan(samples, packing.padded(samples), dummies=True)
 
 
+@dataclass(frozen=True)
+class Packer:
+    """How steps are spread over ranks and micro-batches.
+
+    Args:
+        ranks: world size.
+        equal_counts: whether every rank must run the same number of micro-batches (ZeRO 2 and 3).
+        padded: whether samples lie in rows of equal length instead of side by side.
+        quadratic_length: L0 of `cost(l) = l + l²/L0`, in tokens.
+    """
+
+    ranks: int
+    equal_counts: bool
+    padded: bool
+    quadratic_length: float
+
+    def plan(self, lengths: NDArray[np.integer], capacity: int) -> StepPlan:
+        """Plan one step; `capacity` bounds a micro-batch in tokens."""
+        if self.padded:
+            return pack_padded(lengths, self.ranks, capacity, self.quadratic_length)
+        return pack(lengths, self.ranks, capacity, self.quadratic_length, self.equal_counts)
+
+
 def _longest_first(lengths: NDArray[np.integer], ranks: int, capacity: int, quadratic_length: float) -> Samples:
     assert ranks >= 1
     assert len(lengths) > 0

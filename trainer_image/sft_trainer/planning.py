@@ -11,14 +11,13 @@ import numpy as np
 from sft_api.events import Event, PreparedMetrics
 from sft_api.run import ResolvedPhase, RunConfig
 from sft_api.spec import Packing, Precision
-from sft_trainer.batches import Packer, PhaseData
 from sft_trainer.fetch import fetch_model
-from sft_trainer.job import open_data
 from sft_trainer.memory import STAGES, memory_need
 from sft_trainer.model import ModelNumbers, model_numbers_of
-from sft_trainer.plan import permutation
+from sft_trainer.plan import Packer, permutation
 from sft_trainer.preparation import cache_folder, prepare_job
 from sft_trainer.schedule import PhaseSteps, Schedule
+from sft_trainer.split import PhaseData, open_data
 
 PLANNED_STEPS = 500
 """Steps of each phase's first epoch that are planned for the figures on packing; more would change no digit shown."""

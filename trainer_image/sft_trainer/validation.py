@@ -7,26 +7,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from sft_api.events import ValidationMetrics
 from sft_api.spec import CheckpointInterval, Interval
-from sft_trainer.batches import MicroBatch, Packer, micro_batches, to_device
+from sft_trainer.batches import MicroBatch, micro_batches, to_device
 from sft_trainer.engine import Engine
-from sft_trainer.prepare.dataset import Dataset
+from sft_trainer.plan import Packer
 from sft_trainer.ranks import Ranks
 from sft_trainer.schedule import Cursor
+from sft_trainer.split import HeldOut
 
 CHUNK_SAMPLES = 2048
 """Samples planned at a time: bounds the memory for their tensors, changes no figure."""
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """Samples of one data set that are never trained on."""
-
-    dataset: Dataset
-    samples: NDArray[np.int64]
 
 
 @dataclass(frozen=True)
