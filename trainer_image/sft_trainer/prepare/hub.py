@@ -109,36 +109,29 @@ def _endpoint() -> str | None:
 @contextmanager
 def _errors(repository: Repository, path: str) -> Iterator[None]:
     """Turn what the Hub's client raises into RunError, or FileNotFoundError for a missing file."""
-    # Whichever HTTP library the client is built on: the base of its errors.
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        GatedRepoError,
-        HfHubHTTPError,
-        HTTPError,  # type: ignore[attr-defined]
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+    from huggingface_hub import errors
 
+    # Whichever HTTP library the client is built on: the base of its errors.
+    http_error: type[Exception] = errors.HTTPError  # type: ignore[attr-defined]
     name = f"the {repository.kind} {repository.name} on the Hub"
     try:
         yield
-    except GatedRepoError as error:
+    except errors.GatedRepoError as error:
         message = f"{name} is gated: ask for access on its page, then set HF_TOKEN."
         raise RunError(ExitCode.STORE_REFUSED, message, path) from error
-    except RevisionNotFoundError as error:
+    except errors.RevisionNotFoundError as error:
         raise RunError(ExitCode.DATA, f"{name} has no revision {repository.revision!r}.", path) from error
-    except RepositoryNotFoundError as error:
+    except errors.RepositoryNotFoundError as error:
         message = f"{name} does not exist, or is private and HF_TOKEN does not open it."
         raise RunError(ExitCode.DATA, message, path) from error
-    except LocalEntryNotFoundError as error:
+    except errors.LocalEntryNotFoundError as error:
         raise RunError(ExitCode.STORE_UNAVAILABLE, f"{name} could not be reached: {error}", path) from error
-    except EntryNotFoundError as error:
+    except errors.EntryNotFoundError as error:
         raise FileNotFoundError(str(error)) from error
-    except HfHubHTTPError as error:
+    except errors.HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else 0
         refused = status in (401, 403)
         code = ExitCode.STORE_REFUSED if refused else ExitCode.STORE_UNAVAILABLE
         raise RunError(code, f"{name} answered {status or 'nothing'}: {error}", path) from error
-    except (HTTPError, OSError) as error:
+    except (http_error, OSError) as error:
         raise RunError(ExitCode.STORE_UNAVAILABLE, f"{name} could not be read: {error}", path) from error
