@@ -69,6 +69,7 @@ class LiveDisplay:
         told = told_event(event)
         if told is not None:
             self._console.print(told)
+            self._live.refresh()
 
     def close(self) -> None:
         self._stage = ""

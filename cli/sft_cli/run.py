@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -13,6 +14,7 @@ from typing import IO, TYPE_CHECKING
 
 from pydantic import ValidationError
 
+from sft_api import names
 from sft_api.events import EVENT, Event
 from sft_api.recipes import resolve
 from sft_api.run import ExitCode, RunConfig, RunError
@@ -55,7 +57,7 @@ def run(
     work = Path(tempfile.mkdtemp(prefix=f"sft-{config.name}-"))
     began = time.monotonic()
     code = carry_out(config, here.processes, work, session, display, trainer_command)
-    sum_up(file, config, code, time.monotonic() - began, session, work, console)
+    sum_up(config, code, time.monotonic() - began, session, work, console)
     if code == 0:
         shutil.rmtree(work)
     return code
@@ -123,9 +125,7 @@ def listener(session: Session, display: Display, log: IO[bytes]) -> Callable[[st
     return listen
 
 
-def sum_up(
-    file: str, config: RunConfig, code: int, seconds: float, session: Session, work: Path, console: Console | None
-) -> None:
+def sum_up(config: RunConfig, code: int, seconds: float, session: Session, work: Path, console: Console | None) -> None:
     """Write the report into the store and print the summary (where there is a person to read it)."""
     from sft_cli.results import Spoken, put_report, read_history, report_page, shown
     from sft_cli.summary import Ending, print_summary
@@ -142,29 +142,19 @@ def sum_up(
             store = Store.open(config.checkpoints.uri, path="spec.checkpoints.uri")
             history = read_history(store, warn, Spoken(attempt, session.training_events(), prepared))
             report = put_report(store, report_page(history, config.name, config.checkpoints.uri, config))
-            exports = [(phase, shown_export(store, phase, shown)) for phase, _ in exports]
+            exports = [(event.phase, shown(store, names.export(event.phase)).rstrip("/")) for event in history.exports]
         except RunError as error:
             warn(f"The report could not be written: {error}")
     if console is not None:
         message = ending_message(code, session)
         log = work / "trainer.log"
-        print_summary(
-            console, Ending(code, file, config.checkpoints.uri, seconds, history, exports, report, log, message)
-        )
-
-
-def shown_export(store: object, phase: str, shown: Callable[..., str]) -> str:
-    from sft_api import names
-
-    return shown(store, names.export(phase)).rstrip("/")
+        print_summary(console, Ending(code, config.checkpoints.uri, seconds, history, exports, report, log, message))
 
 
 def ending_message(code: int, session: Session) -> str | None:
     if session.finished is not None:
         return session.finished.message
     if code > 128:
-        import signal
-
         return f"the trainer was ended by {signal.Signals(code - 128).name}"
     if code == ExitCode.PREEMPTED:
         return "nothing was trained yet"

@@ -24,7 +24,6 @@ class Ending:
     """Everything the last words are made of."""
 
     code: int
-    file: str
     uri: str
     seconds: float
     """Wall time of the whole command."""
@@ -55,11 +54,7 @@ def summary_rows(ending: Ending) -> Iterator[tuple[str, str]]:
     figures = job_figures(history)
     if figures is not None:
         yield from training_rows(history, figures)
-    yield (
-        "time",
-        f"{wording.duration(ending.seconds)} in all"
-        + (f", {wording.duration(figures.seconds)} in steps" if figures else ""),
-    )
+    yield "time", time_spent(ending, figures)
     if history.checkpoints:
         newest = history.checkpoints[-1]
         more = f" (the newest of {len(history.checkpoints)} committed)" if len(history.checkpoints) > 1 else ""
@@ -68,6 +63,16 @@ def summary_rows(ending: Ending) -> Iterator[tuple[str, str]]:
         yield "model", f"{place} (after {phase})"
     if ending.report:
         yield "report", ending.report
+
+
+def time_spent(ending: Ending, figures: StepFigures | None) -> str:
+    here = wording.duration(ending.seconds)
+    if figures is None:
+        return here
+    in_steps = wording.duration(figures.seconds)
+    if len(ending.history.attempts) > 1:
+        return f"{here} this time; {in_steps} in the steps of all attempts"
+    return f"{here} in all, {in_steps} in steps"
 
 
 def training_rows(history: History, figures: StepFigures) -> Iterator[tuple[str, str]]:
@@ -119,7 +124,7 @@ def next_steps(ending: Ending) -> Iterator[str]:
         return
     if ending.code in AGAIN or ending.code > 33 or ending.code < 10:
         place = f"goes on after step {ending.history.checkpoints[-1].step:,}" if committed else "begins anew"
-        yield f"Run the same command again: it {place}.  sft run {ending.file}"
+        yield f"Run the same command again: it {place}."
     elif committed:
         step = ending.history.checkpoints[-1].step
-        yield f"Nothing that was committed is lost: once mended, sft run {ending.file} goes on after step {step:,}."
+        yield f"Nothing that was committed is lost: once this is mended, the same command goes on after step {step:,}."

@@ -128,7 +128,7 @@ def test_a_failed_training_shows_the_end_of_its_log_and_how_to_go_on(tmp_path: P
     lines = done.stdout.splitlines()
     assert "✗ Ended with exit code 32: rank 1 went away" in lines
     assert [line for line in lines if line.startswith("  line ")] == [f"  line {number}" for number in range(15, 30)]
-    assert lines[-1] == "Run the same command again: it goes on after step 10.  sft run job.yaml"
+    assert lines[-1] == "Run the same command again: it goes on after step 10."
     log = Path(next(line for line in lines if line.startswith("The last lines")).split("log, ")[1].rstrip(":"))
     assert log.read_text().startswith("line 0\n")
     assert "Communication" in (tmp_path / "runs/job/report.html").read_text()
@@ -158,7 +158,7 @@ def test_the_first_stop_signal_lets_the_trainer_commit_a_checkpoint(number: int,
     assert (running.returncode, errors) == (30, "")
     assert "Stopping: the trainer commits a checkpoint first." in out
     assert "■ Stopped: stopped after step 3" in out
-    assert out.splitlines()[-1] == "Run the same command again: it goes on after step 3.  sft run job.yaml"
+    assert out.splitlines()[-1] == "Run the same command again: it goes on after step 3."
 
 
 def test_the_second_stop_signal_kills_the_trainer_and_its_ranks_at_once(tmp_path: Path) -> None:

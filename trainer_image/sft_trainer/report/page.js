@@ -23,11 +23,13 @@
     accuracy: unpack(payload.validation.accuracy),
   };
 
-  // Exponential mean without a bias at its start; it forgets over about a hundredth of the run.
+  // Exponential mean without a bias at its start; it forgets over about a hundredth of the run, and wholly at a phase's end.
+  const phaseStarts = new Set(payload.phases.map((phase) => phase.first));
   function smoothed(values) {
     const keep = 1 - 1 / Math.max(3, values.length / 100);
     let sum = 0, weight = 0;
-    return values.map((value) => {
+    return values.map((value, index) => {
+      if (phaseStarts.has(columns.step[index])) sum = weight = 0;
       if (value === null) return null;
       sum = keep * sum + (1 - keep) * value;
       weight = keep * weight + (1 - keep);
@@ -77,7 +79,7 @@
       ],
     },
     {
-      title: "Packing efficiency", unit: "% of what the ranks wait for", value: percent,
+      title: "Packing efficiency", unit: "% of what the ranks wait for", value: percent, share: true,
       x: columns.step,
       series: [
         { label: "best possible", values: columns.bound.map(times100), stroke: "--grey", width: 1.5, dash: [5, 4] },
@@ -88,7 +90,7 @@
   ];
   if (scored.step.length) {
     plots.push({
-      title: "Held-out accuracy", unit: "% of next tokens ranked first", value: percent,
+      title: "Held-out accuracy", unit: "% of next tokens ranked first", value: percent, share: true,
       x: scored.step,
       series: [{ label: "accuracy", values: scored.accuracy.map(times100), stroke: "--orange", width: 2, points: true }],
     });
@@ -156,6 +158,12 @@
     ctx.restore();
   }
 
+  const fromZero = (_, low, high) => [0, high > 0 ? high * 1.08 : 1];
+  const withinHundred = (_, low, high) => {
+    const room = Math.max(2, (high - low) * 0.1);
+    return [Math.max(0, low - room), Math.min(100.1, high + room)];
+  };
+
   function draw(plot, width, colour) {
     const axis = { stroke: colour("--soft"), grid: { stroke: colour("--grid"), width: 1 }, ticks: { stroke: colour("--line"), width: 1 }, font: "11px sans-serif" };
     const series = plot.series.map((one) => ({
@@ -169,7 +177,7 @@
         points: { show: true, size: 7, fill: colour(plot.extra.stroke) }, value: (_, value) => plot.value(value),
       });
     }
-    const range = plot.zero ? (_, low, high) => [0, high > 0 ? high * 1.08 : 1] : undefined;
+    const range = plot.zero ? fromZero : plot.share ? withinHundred : undefined;
     const card = document.createElement("div");
     card.className = "plot";
     const title = document.createElement("h3");
