@@ -54,6 +54,26 @@ def make_base(folder: Path) -> Path:
     return folder
 
 
+def make_poisoned_base(folder: Path) -> Path:
+    """A base whose embedding of § is not a number, and data of which only that of the second phase says §."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    from examples.make_model import make_model, read_texts
+
+    files = [write_conversations(folder / "one.jsonl", 32, 1), write_conversations(folder / "two.jsonl", 16, 2)]
+    files[1].write_text(files[1].read_text(encoding="utf-8").replace("Which", "§"), encoding="utf-8")
+    make_model(folder / "model", read_texts(files), hidden=32, layers=2, heads=2, vocab=320, tie_embeddings=False)
+    tokenizer = json.loads((folder / "model" / "tokenizer.json").read_text(encoding="utf-8"))
+    weights = load_file(folder / "model" / "model.safetensors")
+    # The two bytes of § in UTF-8, as byte-level tokenizers spell them: merged, or the second alone.
+    for token in ("Â§", "§"):
+        if token in tokenizer["model"]["vocab"]:
+            weights["model.embed_tokens.weight"][tokenizer["model"]["vocab"][token]] = torch.nan
+    save_file(weights, folder / "model" / "model.safetensors", {"format": "pt"})
+    return folder
+
+
 def make_run(base: Path, out: str, changes: dict[str, Any] | None = None) -> RunConfig:
     """The run of `SPEC` with `changes` to it, a section at a time; its data is prepared."""
     from sft_trainer.preparation import prepare_job
@@ -115,19 +135,21 @@ def attempt(run: str, number: int, work: str, script: Script) -> Ending:
     config = RunConfig.model_validate_json(run)
     ranks = Ranks(dist.get_rank(), dist.get_world_size(), dist.get_rank(), torch.device("cpu"))
     folder = Path(work) / f"attempt-{number}"
-    job = assemble(config, number, Path(config.model.uri.removeprefix("file://")), folder, ranks)
-    progress = Progress()
+    job, progress = None, Progress()
     try:
+        job = assemble(config, number, Path(config.model.uri.removeprefix("file://")), folder, ranks)
         train(job, script, progress)  # type: ignore[arg-type]
         return Ending(0, "done")
     except RunError as error:
         return Ending(error.code, str(error))
     except Died:
+        assert job is not None
         job.saver.wait()
         return Ending(-9, "died")
     finally:
-        job.signals.close()
-        job.engine.destroy()
+        if job is not None:
+            job.signals.close()
+            job.engine.destroy()
         dist.monitored_barrier(timeout=timedelta(seconds=60))
 
 

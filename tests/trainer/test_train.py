@@ -21,7 +21,7 @@ from sft_trainer.split import open_data
 from sft_trainer.store import Store
 from sft_trainer.tokenizer import load_tokenizer
 from tests.gang import Gangs
-from tests.trainer.runs import Ending, Script, Told, attempt, make_base, make_run, read_run
+from tests.trainer.runs import Ending, Script, Told, attempt, make_base, make_poisoned_base, make_run, read_run
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,9 @@ def expected_digests(config: RunConfig) -> Iterator[str]:
     while not schedule.is_done(cursor):
         phase = data[cursor.phase]
         order = permutation(len(phase.samples), config.seed, cursor.phase, cursor.epoch)
-        yield samples_digest(phase.dataset.content[phase.samples[order[schedule.sample_range(cursor)]]])
+        start = cursor.step_in_epoch * phase.effective_batch_size
+        members = phase.samples[order[start : start + phase.effective_batch_size]]
+        yield samples_digest(phase.dataset.content[members])
         cursor = schedule.after(cursor, 0, 0, 0)
 
 
@@ -111,7 +113,7 @@ def reference_loss(config: RunConfig, samples: list[tuple[Any, Any]]) -> tuple[f
         count += len(targets)
     (total / count).backward()
     squares = [parameter.grad.square().sum() for parameter in model.parameters() if parameter.grad is not None]
-    return float(total) / count, float(torch.stack(squares).sum().sqrt()), hits / count
+    return float(total.detach()) / count, float(torch.stack(squares).sum().sqrt()), hits / count
 
 
 def test_the_first_step_s_loss_and_gradient_norm_are_those_of_its_samples_one_by_one(
@@ -244,13 +246,15 @@ def test_bf16_trains_on_every_stage_with_the_same_samples(runs: Runs, straight: 
         same_training(runs.told(name), straight, 0.05)
 
 
-def test_a_run_that_diverges_says_so_and_keeps_what_was_good(runs: Runs) -> None:
-    changes = {"optimizer": {"learningRate": 1.0, "maxGradNorm": 1e9, "eps": 1e-30}, "epochs": 40}
-    ending = runs.run("diverging", changes=changes | {"checkpoints": {"every": {"steps": 1}}})
+def test_a_run_that_diverges_says_so_and_keeps_what_was_good(gang: Gangs, tmp_path: Path) -> None:
+    runs = Runs(gang, make_poisoned_base(tmp_path), tmp_path)
+    ending = runs.run("diverging", changes={"validation": None})
     assert ending.code == ExitCode.DIVERGED
-    assert "the run has diverged" in ending.message
-    told = runs.told("diverging")
-    assert f"step {max(told.digests) + 1} has loss" in ending.message
+    assert ending.message.startswith("step 9 has loss nan and gradient norm inf: the run has diverged.")
+    assert list(runs.told("diverging").digests) == [2, 4, 6, 8]
+    scored = runs.run("scored", changes={"validation": {"uri": f"file://{tmp_path}/two.jsonl", "fraction": None}})
+    assert scored.code == ExitCode.DIVERGED
+    assert scored.message.startswith("the held-out loss is nan after step 0")
 
 
 def test_a_checkpoint_of_another_run_is_not_gone_on_from(runs: Runs) -> None:

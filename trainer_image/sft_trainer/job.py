@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -57,6 +58,12 @@ class Job:
         if not self.validation.parts:
             return None
         metrics = self.validation.score(self.engine, self.ranks, step, phase)
+        if not math.isfinite(metrics.loss):
+            raise RunError(
+                ExitCode.DIVERGED,
+                f"the held-out loss is {metrics.loss} after step {step}: the model is broken. The checkpoints before"
+                " it are good; lower spec.optimizer.learningRate, or look for broken samples or base weights",
+            )
         self.signals.emit(metrics)
         return metrics.loss
 
