@@ -246,13 +246,22 @@ def test_bf16_trains_on_every_stage_with_the_same_samples(runs: Runs, straight: 
         same_training(runs.told(name), straight, 0.05)
 
 
+TEMPLATE_WITHOUT_NEW_TOKENS = (
+    "{% for message in messages %}{% if message.role == 'assistant' %}{% generation %}{{ message.content }}"
+    "{{ eos_token }}{% endgeneration %}{% else %}{{ message.content }} {% endif %}{% endfor %}"
+)
+"""New tokens would start at the mean of all embeddings, of which one is broken."""
+
+
 def test_a_run_that_diverges_says_so_and_keeps_what_was_good(gang: Gangs, tmp_path: Path) -> None:
     runs = Runs(gang, make_poisoned_base(tmp_path), tmp_path)
-    ending = runs.run("diverging", changes={"validation": None})
+    model = {"chatTemplate": {"inline": TEMPLATE_WITHOUT_NEW_TOKENS}}
+    ending = runs.run("diverging", changes={"model": model, "validation": None})
     assert ending.code == ExitCode.DIVERGED
-    assert ending.message.startswith("step 9 has loss nan and gradient norm inf: the run has diverged.")
+    assert ending.message.partition(": the run has diverged.")[0] == "step 9 has loss nan and gradient norm inf"
     assert list(runs.told("diverging").digests) == [2, 4, 6, 8]
-    scored = runs.run("scored", changes={"validation": {"uri": f"file://{tmp_path}/two.jsonl", "fraction": None}})
+    held_out = {"uri": f"file://{tmp_path}/two.jsonl", "fraction": None}
+    scored = runs.run("scored", changes={"model": model, "validation": held_out})
     assert scored.code == ExitCode.DIVERGED
     assert scored.message.startswith("the held-out loss is nan after step 0")
 
