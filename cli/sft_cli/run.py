@@ -50,6 +50,9 @@ def run(
     except RunError as error:
         print(Finding(file, error.message, error.path), file=sys.stderr)
         return error.code
+    # From here on the job is this machine's: the trainer takes `gpusPerNode` at its word.
+    trainer = config.trainer.model_copy(update={"nodes": 1, "gpus_per_node": here.gpus})
+    config = config.model_copy(update={"trainer": trainer})
     session = Session()
     display, console = open_display(as_json, session)
     if here.note:
@@ -58,7 +61,7 @@ def run(
     began = time.monotonic()
     code = carry_out(config, here.processes, work, session, display, trainer_command)
     sum_up(config, code, time.monotonic() - began, session, work, console)
-    if code == 0:
+    if code in (ExitCode.COMPLETED, ExitCode.PREEMPTED):
         shutil.rmtree(work)
     return code
 
