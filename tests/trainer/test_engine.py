@@ -129,13 +129,13 @@ def bf16_sum_error(stage: int, left_out: list[str]) -> float:
     """
     samples, world = make_samples(0, 64), dist.get_world_size()
     scale = world / num_loss_tokens(samples)
-    exact = exact_sum(in_bf16(make_module()), samples, scale / world)
+    exact = exact_sum(in_bf16(make_module(tied=True)), samples, scale / world)
     mine = samples[dist.get_rank() :: world]
     optimizer = make_optimizer(max_grad_norm=WITHOUT_CLIPPING)
     if left_out:
-        seen = adam_gradient_without(left_out, make_module(), stage, mine, scale)
+        seen = adam_gradient_without(left_out, make_module(tied=True), stage, mine, scale)
     else:
-        with running(make_module(), stage, bf16=True, optimizer=optimizer) as engine:
+        with running(make_module(tied=True), stage, bf16=True, optimizer=optimizer) as engine:
             for index, sample in enumerate(mine):
                 engine.backward(engine([sample]) * scale, last=index + 1 == len(mine))
             engine.step(LEARNING_RATE)
