@@ -126,7 +126,7 @@ def test_validate_ends_in_zero_where_all_files_are_valid_and_says_nothing(tmp_pa
 def test_validate_ends_in_one_and_names_file_field_and_problem(tmp_path: Path) -> None:
     write(tmp_path, MANIFEST)
     (tmp_path / "typo.yaml").write_text(TYPO)
-    done = sft("validate", "job.yaml", "typo.yaml", "-", cwd=tmp_path, stdin="{")
+    done = sft("validate", "typo.yaml", "-", "job.yaml", cwd=tmp_path, stdin="{")
     assert done.returncode == 1
     lines = done.stdout.splitlines()
     assert sorted(line.split(":")[0] for line in lines) == ["-", "typo.yaml", "typo.yaml"]
