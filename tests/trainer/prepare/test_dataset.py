@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sft_api.run import ExitCode, Lengths, RunError
@@ -156,6 +156,7 @@ def test_without_a_fraction_every_sample_is_trained_on(tmp_path: Path) -> None:
     assert training_samples(data, None, 1, Lengths.ALL).tolist() == list(range(7))
 
 
+@settings(derandomize=True, max_examples=40, deadline=None)
 @given(st.integers(2, 40), st.integers(0, 1000), st.sampled_from([None, 0.3]))
 def test_the_halves_are_the_shorter_and_the_longer_samples(
     tmp_path_factory: pytest.TempPathFactory, count: int, seed: int, fraction: float | None
