@@ -140,14 +140,15 @@ def sum_up(config: RunConfig, code: int, seconds: float, session: Session, work:
     history = merge({attempt: session.training_events()}, prepared)
     exports = [(event.phase, event.uri) for event in session.exports]
     report: str | None = None
-    if session.steps:
+    if session.started is not None:
         try:
             store = Store.open(config.checkpoints.uri, path="spec.checkpoints.uri")
             history = read_history(store, warn, Spoken(attempt, session.training_events(), prepared))
             report = put_report(store, report_page(history, config.name, config.checkpoints.uri, config))
             exports = [(event.phase, shown(store, names.export(event.phase)).rstrip("/")) for event in history.exports]
-        except RunError as error:
-            warn(f"The report could not be written: {error}")
+        except Exception as error:  # whatever becomes of the report, the training ended as it ended
+            kind = "" if isinstance(error, RunError) else f"{type(error).__name__}: "
+            warn(f"The report could not be written: {kind}{error}")
     if console is not None:
         message = ending_message(code, session)
         log = work / "trainer.log"
@@ -157,7 +158,7 @@ def sum_up(config: RunConfig, code: int, seconds: float, session: Session, work:
 def ending_message(code: int, session: Session) -> str | None:
     if session.finished is not None:
         return session.finished.message
-    if code > 128:
+    if code - 128 in signal.valid_signals():
         return f"the trainer was ended by {signal.Signals(code - 128).name}"
     if code == ExitCode.PREEMPTED:
         return "nothing was trained yet"

@@ -14,7 +14,7 @@ import pytest
 
 from sft_api.events import EVENT, Message
 from sft_api.run import RunConfig
-from tests.cli.commands import MANIFEST, manifest, play, run_command, sft
+from tests.cli.commands import MANIFEST, keep_events, manifest, play, run_command, sft
 from tests.cli.events import checkpoint, finished, prepared, started, step, steps, whole_run
 
 READY = [prepared(), prepared("skills", dropped={}, truncated=0), finished(message="800 samples are ready")]
@@ -135,17 +135,32 @@ def test_a_failed_training_shows_the_end_of_its_log_and_how_to_go_on(tmp_path: P
 
 
 def test_a_trainer_that_is_killed_is_told_as_such(tmp_path: Path) -> None:
-    done = run(tmp_path, [started(20), step(1), {"do": "kill"}])
+    done = run(tmp_path, [started(20), step(1), {"do": "print", "text": "a library's chatter"}, {"do": "kill"}])
     assert done.returncode == 128 + signal.SIGKILL
+    assert "  a library's chatter" in done.stdout.splitlines()
     assert "✗ Ended with exit code 137: the trainer was ended by SIGKILL" in done.stdout
 
 
 def test_a_later_attempt_is_reported_together_with_the_earlier_ones(tmp_path: Path) -> None:
-    from tests.cli.commands import keep_events
-
     keep_events(tmp_path / "runs/job", 1, [started(20), *steps(1, 8)])
     done = run(tmp_path, [started(20, attempt=2, resumed_from_step=5), *steps(6, 20), finished()])
     assert "steps               20 of 20, 3 taken again after restarts" in done.stdout.splitlines()
+    assert "loss                2.81 → 1.271" in done.stdout.splitlines()
+
+
+def test_a_job_that_is_done_already_is_summed_up_once_more(tmp_path: Path) -> None:
+    keep_events(tmp_path / "runs/job", 1, whole_run())
+    done = run(tmp_path, [started(20, attempt=2, resumed_from_step=20), finished()])
+    assert done.returncode == 0
+    assert "held-out accuracy   18.0% → 74.0%" in done.stdout.splitlines()
+
+
+def test_a_report_that_cannot_be_written_does_not_change_how_the_run_ended(tmp_path: Path) -> None:
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs/job").write_text("a file where the store's folder should be")
+    done = run(tmp_path, whole_run())
+    assert done.returncode == 0
+    assert done.stderr.startswith("The report could not be written: ")
     assert "loss                2.81 → 1.271" in done.stdout.splitlines()
 
 

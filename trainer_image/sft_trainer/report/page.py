@@ -94,11 +94,14 @@ def script_json(value: object) -> Markup:
     return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
 
 
+TONES = {ExitCode.COMPLETED.value: "good", ExitCode.PREEMPTED.value: "open"}
+
+
 def outcome(history: History) -> Outcome:
     finished = history.finished
     if finished is not None:
-        tone = {ExitCode.COMPLETED: "good", ExitCode.PREEMPTED: "open"}.get(finished.exit_code, "bad")  # type: ignore[call-overload]
-        return Outcome(finished.reason, str(tone), finished.message)
+        tone = TONES.get(finished.exit_code, "bad")
+        return Outcome(finished.reason, tone, finished.message)
     total = history.total_steps
     if total and history.steps and history.steps[-1].step >= total:
         return Outcome("Trained to the end", "good")
