@@ -3,13 +3,15 @@
     python -m benchmarks.plan [-o json] [--rounds N]
 
 The peer is instructlab-training 0.16.2, of which two modules are loaded by file (the package itself imports torch).
-They need numba. Without the rest of the package:
+They need numba. The extra `bench` has both; by hand, without the rest of the package:
 
     pip install --no-deps instructlab-training==0.16.2 && pip install "numba>=0.61.2"
 
 Both sides plan the same lengths. A rank of either plans for itself, so time and memory are those of one rank; ours
-makes the whole plan in that time, the peer the share of one rank. Utilisation is Σ cost / (ranks · Σ over barriers of
-the dearest rank), cost = l + l²/57,000. Memory is the growth of the peak resident set of a fresh process.
+makes the whole plan in that time, the peer the share of one rank. Both are one thread, so that on a busy machine
+processor time tells about the planners and the wall clock about the neighbours; the size asked for has both.
+Utilisation is Σ cost / (ranks · Σ over barriers of the dearest rank), cost = l + l²/57,000. Memory is the growth of the
+peak resident set of a fresh process.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import importlib.metadata
 import importlib.util
 import multiprocessing
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
@@ -127,17 +130,17 @@ PEERS: dict[str, Callable[..., list[list[int]]]] = {
 }
 
 
-def compare_time(size: Size, rounds: int) -> list[Comparison]:
+def compare_time(size: Size, rounds: int, clock: Callable[[], float], clock_name: str) -> list[Comparison]:
     """Milliseconds of a step's plan."""
     lengths = long_tailed(size.samples)
     runs: dict[str, Callable[[], object]] = {name: partial(plan, lengths, size.ranks) for name, plan in OURS.items()}
     runs |= {"packed peer": partial(peer_packed, lengths, size.ranks)}
     runs |= {"padded peer": partial(peer_padded, lengths, size.ranks)}
-    seconds = alternate(rounds, **runs)
+    seconds = alternate(rounds, clock, **runs)
     figures = {name: Figure.of((1e3 * value for value in values), "ms") for name, values in seconds.items()}
     return [
         Comparison(
-            f"time, {size}, {name}",
+            f"{clock_name} time, {size}, {name}",
             figures[name],
             figures["padded peer" if name == "padded" else "packed peer"],
             PEER,
@@ -248,7 +251,9 @@ def main() -> int:
         print(f"The peer is missing ({error}). Install it:", file=sys.stderr)
         print(f'  pip install --no-deps {PEER}=={PEER_VERSION} && pip install "numba>=0.61.2"', file=sys.stderr)
         return 1
-    comparisons = [comparison for size in SIZES for comparison in compare_time(size, options.rounds)]
+    comparisons = compare_time(ASKED, options.rounds, time.perf_counter, "wall")
+    for size in SIZES:
+        comparisons += compare_time(size, options.rounds, time.process_time, "processor")
     comparisons += compare_memory(ASKED)
     for data in (lognormal, long_tailed):
         for size in (Size(3_840, 8), ASKED):
