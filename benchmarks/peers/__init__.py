@@ -1,0 +1,1 @@
+"""What `benchmarks` measures us against, each in a process of its own."""
