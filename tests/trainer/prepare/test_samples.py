@@ -28,7 +28,7 @@ from sft_trainer.prepare.samples import (
 from tests.trainer.prepare.builders import byte_level, chat, with_bos
 
 TEMPLATE = (
-    "{% for m in messages %}{{ m.role }}:\n{% if m.role == 'assistant' %}{% generation %}{{ m.content }}</s>"
+    "{% for m in messages %}{{ m.role }}: {% if m.role == 'assistant' %}{% generation %}{{ m.content }}</s>"
     "{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}"
 )
 BACKEND = plain_backend(with_bos(byte_level()))
@@ -50,7 +50,7 @@ def document(text: str, encoder: Encoder) -> tuple[list[Sample], Tally]:
     return encode({"text": text}, encoder, DataFormat.PRETRAINING)
 
 
-@pytest.mark.parametrize("separator", ["\n", " ", ""])
+@pytest.mark.parametrize("separator", ["\n", " ", "\n\n"])
 def test_offsets_of_blanks_are_not_trimmed(separator: str) -> None:
     (sample,), _ = encode(chat("a", f"{separator}b{separator}"), encoder())
     words = TOKENIZER.decode(sample.ids[sample.mask].tolist(), skip_special_tokens=False)

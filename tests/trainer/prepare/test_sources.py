@@ -6,6 +6,8 @@ import bz2
 import gzip
 import json
 import os
+import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ import pytest
 
 from sft_api.run import ExitCode, RunError
 from sft_api.spec import DataFormat
-from sft_trainer.prepare.records import BLOCK_BYTES, ROWS, RecordError, read_chunks
+from sft_trainer.prepare.records import BLOCK_BYTES, MAX_LINE_BYTES, ROWS, RecordError, read_chunks
 from sft_trainer.prepare.sources import find_files, glob_pattern, read_object
 from sft_trainer.store import Store
 from tests.trainer.prepare.builders import chat, write_jsonl
@@ -190,6 +192,25 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, name: str, content:
     with pytest.raises(RunError, match=message) as error:
         records(f"file://{tmp_path}/{name}")
     assert (error.value.code, error.value.path) == (ExitCode.DATA, PATH)
+
+
+def test_a_stream_that_is_cut_off_says_from_which_line_on(tmp_path: Path) -> None:
+    noise = random.Random(1)
+    data = b"".join(b'{"text": "%s"}\n' % noise.randbytes(100).hex().encode() for _ in range(5000))
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(data)[:-1000])
+    with pytest.raises(RunError, match=r"a\.jsonl\.gz, line (\d+): the file cannot be read from here on") as error:
+        records(f"file://{tmp_path}/a.jsonl.gz")
+    line = re.search(r"line (\d+)", error.value.message)
+    assert line
+    assert 3000 < int(line[1]) < 5000
+
+
+def test_a_line_without_end_is_not_read_into_memory(tmp_path: Path) -> None:
+    with (tmp_path / "a.jsonl").open("wb") as file:
+        file.write(b'{"text": "a"}\n' * 2 + b"[")
+        file.truncate(3 * MAX_LINE_BYTES)
+    with pytest.raises(RunError, match=r"a\.jsonl, line 3: the line is longer than 64 MiB: each line must hold one"):
+        records(f"file://{tmp_path}/a.jsonl")
 
 
 def test_parquet_without_the_column_says_what_it_has(tmp_path: Path) -> None:
