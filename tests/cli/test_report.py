@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from sft_cli.results import completed
 from tests.cli.commands import keep_events, manifest, sft
 from tests.cli.events import finished, started, steps, whole_run
 
@@ -55,6 +56,13 @@ def test_a_line_that_was_cut_off_is_passed_over_and_a_broken_one_is_told(tmp_pat
     assert [row["step"] for row in json.loads(done.stdout)["steps"]] == [1, 2]
     assert len(done.stderr.splitlines()) == 1
     assert "metrics/attempt-1.jsonl, line 2 is passed over" in done.stderr
+
+
+def test_an_attempts_steps_are_those_of_the_store_and_those_just_heard() -> None:
+    heard = [*steps(4, 8), finished()]
+    made = completed([started(20), *steps(1, 5)], heard)
+    assert [event.step for event in made if event.event == "step"] == list(range(1, 9))
+    assert [event.event for event in made if event.event != "step"] == ["finished"]
 
 
 def test_a_place_without_metrics_ends_in_eleven_and_writes_nothing(tmp_path: Path) -> None:

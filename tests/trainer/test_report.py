@@ -181,6 +181,7 @@ def test_nothing_that_a_user_wrote_becomes_part_of_the_page() -> None:
     scripts = found.find_all("script")
     assert len(scripts) == 3
     assert json.loads(scripts[0].text)["phases"][0]["name"] == NASTY
+    assert set(scripts[0].text) & set("<>&") == set()
     assert "alert" not in scripts[1].text + scripts[2].text
     assert found.find("b") is None
     assert found.find("h1").text.startswith(NASTY)
