@@ -171,17 +171,13 @@ def _try_backend(model: PreTrainedModel, name: str, device: torch.device) -> Sel
         return SelfTest(False, math.nan, math.nan, "not installed")
     if name == "varlen" and getattr(model.config, "attention_dropout", 0.0) > 0:
         return SelfTest(False, math.nan, math.nan, "it has no attention dropout, which the model's config asks for")
-    before = _current(model)
     try:
         _set_backend(model, name)
-        result = self_test(model, device)
+        return self_test(model, device)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
-        result = SelfTest(False, math.nan, math.nan, _one_line(error))
-    if not result.passed:
-        _set_backend(model, before)
-    return result
+        return SelfTest(False, math.nan, math.nan, _one_line(error))
 
 
 def _test_samples(model: PreTrainedModel, device: torch.device) -> list[Tensor]:
