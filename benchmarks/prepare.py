@@ -94,7 +94,6 @@ def make_job(data: Path) -> RunConfig:
             max_tokens_per_gpu=4096,
             max_sequence_length=4096,
             overlong=Overlong.TRUNCATE,
-            packing=Packing.PACKED,
         ),
         optimizer=ResolvedOptimizer(
             learning_rate=2e-5,
@@ -112,6 +111,7 @@ def make_job(data: Path) -> RunConfig:
         seed=1,
         model=Model(uri="file://model"),
         phases=[phase],
+        packing=Packing.PACKED,
         validation=None,
         trainer=Trainer(),
         checkpoints=Checkpoints(uri="file://out"),

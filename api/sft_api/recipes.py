@@ -19,7 +19,6 @@ from sft_api.spec import (
     OptimizerOverrides,
     OptimizerState,
     Overlong,
-    Packing,
     Phase,
     PhaseOptimizerOverrides,
     Recipe,
@@ -72,6 +71,7 @@ def resolve(job: SFTJob) -> RunConfig:
         seed=spec.seed,
         model=spec.model,
         phases=resolve_phases(job),
+        packing=spec.batch.packing,
         validation=spec.validation,
         trainer=spec.trainer,
         checkpoints=spec.checkpoints,
@@ -128,7 +128,6 @@ def resolve_batch(preset: Preset, job: BatchOverrides, phase: BatchOverrides | N
         max_tokens_per_gpu=merged.max_tokens_per_gpu or max(length, MAX_TOKENS_PER_GPU),
         max_sequence_length=length,
         overlong=merged.overlong or Overlong.TRUNCATE,
-        packing=merged.packing or Packing.AUTO,
     )
 
 
@@ -154,5 +153,5 @@ def override(job: Overrides, phase: Overrides | None) -> Overrides:
     """The job's settings with those that the phase gives in their place."""
     if phase is None:
         return job
-    given = {name: value for name in type(job).model_fields if (value := getattr(phase, name)) is not None}
+    given = {name: value for name in type(job).model_fields if (value := getattr(phase, name, None)) is not None}
     return job.model_copy(update=given)

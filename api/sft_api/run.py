@@ -64,7 +64,6 @@ class ResolvedBatch(ApiModel):
     max_tokens_per_gpu: int
     max_sequence_length: int
     overlong: Overlong
-    packing: Packing
 
 
 class ResolvedOptimizer(ApiModel):
@@ -100,6 +99,8 @@ class RunConfig(ApiModel):
     seed: int
     model: Model
     phases: list[ResolvedPhase]
+    packing: Packing
+    """`spec.batch.packing`."""
     validation: Validation | None
     trainer: Trainer
     checkpoints: Checkpoints

@@ -144,7 +144,12 @@ class BatchOverrides(ApiModel):
     overlong: Overlong | None = None
     """What becomes of a longer sample: Truncate keeps its beginning, Drop leaves it out, Fail stops the job. Counted,
     never silent."""
-    packing: Packing | None = None
+
+
+class Batch(BatchOverrides):
+    """The job's batch settings. What is left out comes from the recipe."""
+
+    packing: Packing = Packing.AUTO
     """Packed: samples side by side without padding. Padded: the paper's padded variant, for models whose attention
     cannot keep packed samples apart. Auto: Packed where the self-test passes, else Padded."""
 
@@ -298,7 +303,7 @@ class SFTJobSpec(ApiModel):
     """Passes over the data. Unset: the recipe's."""
     validation: Validation | None = None
     """Data held out of training, scored as exactly as the training loss. Exactly one of fraction and uri."""
-    batch: BatchOverrides = BatchOverrides()
+    batch: Batch = Batch()
     """How samples become optimizer steps."""
     optimizer: OptimizerOverrides = OptimizerOverrides()
     """AdamW and its learning rate."""

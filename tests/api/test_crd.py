@@ -79,7 +79,7 @@ def test_exclusive_bounds_are_flags() -> None:
 
 def test_defaults_hold_no_null_and_are_valid_themselves() -> None:
     assert NODES[".spec.checkpoints.every"]["default"] == {"steps": 100}
-    assert NODES[".spec.batch"]["default"] == {}
+    assert NODES[".spec.batch"]["default"] == {"packing": "Auto"}
     for path, node in NODES.items():
         assert "null" not in json.dumps(node.get("default", {})), path
 

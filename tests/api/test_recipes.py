@@ -50,7 +50,11 @@ def test_what_no_recipe_says_is_the_same_in_all(recipe: str) -> None:
     assert phase.optimizer.betas == (0.9, 0.95)
     assert (phase.optimizer.eps, phase.optimizer.weight_decay, phase.optimizer.max_grad_norm) == (1e-8, 0.0, 1.0)
     assert (phase.batch.max_sequence_length, phase.batch.overlong) == (4096, Overlong.TRUNCATE)
-    assert phase.batch.packing is Packing.AUTO
+
+
+def test_packing_is_the_job_s_and_automatic_unless_said() -> None:
+    assert resolved().packing is Packing.AUTO
+    assert resolved({"spec.batch.packing": "Padded"}).packing is Packing.PADDED
 
 
 def test_no_recipe_is_what_the_job_says_constant_and_without_warmup() -> None:
@@ -72,7 +76,6 @@ OVERRIDES: dict[str, tuple[Any, Any]] = {
     "spec.batch.maxTokensPerGPU": (65536, lambda phase: phase.batch.max_tokens_per_gpu),
     "spec.batch.maxSequenceLength": (512, lambda phase: phase.batch.max_sequence_length),
     "spec.batch.overlong": ("Drop", lambda phase: phase.batch.overlong),
-    "spec.batch.packing": ("Padded", lambda phase: phase.batch.packing),
     "spec.optimizer.learningRate": (6e-6, lambda phase: phase.optimizer.learning_rate),
     "spec.optimizer.schedule": ("Cosine", lambda phase: phase.optimizer.schedule),
     "spec.optimizer.warmup": ({"steps": 0}, lambda phase: phase.optimizer.warmup.model_dump(exclude_none=True)),

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from sft_api.run import ExitCode, Lengths, ResolvedBatch, ResolvedOptimizer, ResolvedPhase, RunError
-from sft_api.spec import DataFormat, DataSource, LearningRateSchedule, OptimizerState, Overlong, Packing, Warmup
+from sft_api.spec import DataFormat, DataSource, LearningRateSchedule, OptimizerState, Overlong, Warmup
 from sft_trainer.schedule import Cursor, Schedule
 
 RATE = 2e-5
@@ -36,7 +36,6 @@ def make_phase(
             max_tokens_per_gpu=4096,
             max_sequence_length=4096,
             overlong=Overlong.TRUNCATE,
-            packing=Packing.AUTO,
         ),
         "optimizer": ResolvedOptimizer(
             learning_rate=RATE,

@@ -104,12 +104,14 @@ def reason(code: int) -> str:
 
 
 def prepare(options: argparse.Namespace, config: RunConfig) -> Outcome:
-    """Tokenise the data; also the first proof of credentials, write permission and access to the model."""
+    """Tokenise the data; also the first proof of credentials, write permission, the model and a schedule that works."""
     from sft_trainer.preparation import prepare_job
+    from sft_trainer.schedule import Schedule
+    from sft_trainer.split import open_data
 
-    prepared = prepare_job(config, say, options.processes)
-    samples = sum(prepared.summaries[fingerprint].samples for fingerprint in prepared.phases)
-    return Outcome(0, f"{samples:,} samples are ready")
+    data, _ = open_data(config, prepare_job(config, say, options.processes))
+    schedule = Schedule(config.phases, [len(phase.samples) for phase in data])
+    return Outcome(0, f"the data of {schedule.total_steps:,} steps is ready")
 
 
 def told_to_stop(number: int, frame: object) -> None:

@@ -132,7 +132,7 @@ def assemble(config: RunConfig, attempt: int, model_folder: Path, work: Path, ra
 
 def choose_packing(config: RunConfig, model: PreTrainedModel, ranks: Ranks) -> tuple[Packing, str, str]:
     """Packed where the attention keeps samples apart, else padded; with the attention and why it was taken."""
-    asked = config.phases[0].batch.packing
+    asked = config.packing
     if asked is not Packing.PADDED:
         choice = choose_attention(model, config.trainer.attention, ranks.device)
         if choice.keeps_samples_apart:

@@ -75,7 +75,7 @@ def plan_job(config: RunConfig, gpus: int, gpu_memory: int, report: Callable[[Ev
     schedule = Schedule(config.phases, [len(phase.samples) for phase in data])
     numbers = model_numbers_of(fetch_model(config.model, cache_folder() / "models", weights=False), config.model)
     memory = plan_memory(config, numbers, gpus, gpu_memory)
-    padded = config.phases[0].batch.packing is Packing.PADDED
+    padded = config.packing is Packing.PADDED
     packer = Packer(gpus, memory["chosen"] > 1, padded, numbers.quadratic_length)
     phases = [
         plan_phase(config.seed, index, phase, data[index], schedule.phases[index], packer, summaries[phase.name])

@@ -115,7 +115,7 @@ def phase(*uris: str, name: str = "all", format: DataFormat = DataFormat.MESSAGE
         data_paths=[f"spec.phases[0].data[{index}].uri" for index in range(len(uris))],
         lengths=Lengths.ALL,
         epochs=1,
-        batch=ResolvedBatch(effective_batch_size=2, max_tokens_per_gpu=512, packing=Packing.PACKED, **settings),
+        batch=ResolvedBatch(effective_batch_size=2, max_tokens_per_gpu=512, **settings),
         optimizer=ResolvedOptimizer(
             learning_rate=1e-4,
             schedule=LearningRateSchedule.CONSTANT,
@@ -135,6 +135,7 @@ def job(*phases: ResolvedPhase, validation: Validation | None = None) -> RunConf
         seed=7,
         model=Model(uri="file://model"),
         phases=list(phases),
+        packing=Packing.PACKED,
         validation=validation,
         trainer=Trainer(),
         checkpoints=Checkpoints(uri="file://out"),
