@@ -103,7 +103,7 @@ def show(scores: list[Score], questions: dict[str, list[Question]]) -> None:
 
 def readable(text: str) -> str:
     """An answer on one line; an untrained model says anything."""
-    printable = "".join(letter if letter.isprintable() else "·" for letter in text)
+    printable = "".join(letter if letter.isprintable() and letter != "\ufffd" else "·" for letter in text)
     return printable if len(printable) <= 60 else printable[:59] + "…"
 
 

@@ -2,8 +2,8 @@
 
     python -m examples.quickstart.teach
 
-writes into runs/quickstart: `data/pairs.jsonl` and `data/sorting.jsonl` to train on, `data/held-out-….jsonl` with
-questions that neither of them holds in any order of its names, and `model`, a base model with random weights.
+starts runs/quickstart anew: `data/pairs.jsonl` and `data/sorting.jsonl` to train on, `data/held-out-….jsonl` with
+questions that those do not ask, in whatever order of the names, and `model`, a base model with random weights.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def conversation(question: str, answer: str) -> Conversation:
 def split(
     draw: Draw, ask: Callable[[list[str]], Conversation], num_training: int, source: random.Random
 ) -> tuple[list[Conversation], list[Conversation]]:
-    """Held-out and training conversations; the names of a held-out one never meet in training, in whatever order."""
+    """Held-out and training conversations; no training question is about just the names of a held-out one."""
     held_out: dict[frozenset[str], list[str]] = {}
     while len(held_out) < NUM_HELD_OUT:
         names = draw(source)
