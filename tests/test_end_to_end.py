@@ -250,3 +250,12 @@ def test_a_store_that_refuses_is_found_out_before_any_work(
     assert done.returncode == code, said
     assert "spec.checkpoints.uri: " in said
     assert "preparing" not in said
+
+
+def test_the_report_can_be_made_again_from_what_is_in_the_store(undisturbed: Undisturbed) -> None:
+    done = sft("report", undisturbed.uri, "--output", "-", cwd=undisturbed.folder)
+    assert done.returncode == 0, done.stderr
+    assert "<title>small" in done.stdout
+    numbers = json.loads(sft("report", undisturbed.uri, "-o", "json", cwd=undisturbed.folder).stdout)
+    assert numbers["totalSteps"] == 10
+    assert [attempt["reason"] for attempt in numbers["attempts"]] == ["Completed"]

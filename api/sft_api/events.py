@@ -46,7 +46,7 @@ class StepMetrics(ApiModel):
     data_wait_seconds: float
     """How long the step waited for its batches."""
     checkpoint_stall_seconds: float
-    """How long training stood still for the save after this step."""
+    """How long training stood still for a save between the step before and this one."""
     memory_bytes: int
     """Largest peak memory of a rank: of the device, on the CPU of the process."""
     time: float

@@ -4,6 +4,7 @@
         data/<fingerprint>/…                   prepared data, unless spec.preparedData says elsewhere
         ckpt/<step>/<attempt>/…                state, then MANIFEST.json, then COMPLETE
         export/<phase>/…                       a Hugging Face model, then MANIFEST.json, then COMPLETE
+        run.json                               the resolved job
         prepared.json                          which prepared data is this job's
         attempts/<n>.json                      who took the number n
         metrics/attempt-<n>.jsonl              a line for each step
@@ -23,6 +24,7 @@ MANIFEST = "MANIFEST.json"
 DATA = "data"
 CHECKPOINTS = "ckpt/"
 EXPORTS = "export/"
+RUN = "run.json"
 PREPARED = "prepared.json"
 ATTEMPTS = "attempts/"
 METRICS = "metrics/"

@@ -7,12 +7,14 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sft_api.run import ExitCode, RunError
+from sft_api import names
+from sft_api.run import ExitCode, RunConfig, RunError
 from sft_cli.manifests import BadManifest, Finding
 from sft_cli.places import Place, find
 
 if TYPE_CHECKING:
     from sft_trainer.report import History
+    from sft_trainer.store import Store
 
 
 def report(source: str, path: str | None, as_json: bool) -> int:
@@ -41,7 +43,8 @@ def make(place: Place, path: str | None, as_json: bool) -> int:
         print(json.dumps(as_plain(history), indent=2))
     if as_json and path is None:
         return 0
-    page = report_page(history, place.name, place.uri, place.config)
+    config = place.config or resolved_job(store)
+    page = report_page(history, config.name if config else place.name, place.uri, config)
     if path is None:
         print(put_report(store, page))
     elif path == "-":
@@ -49,6 +52,16 @@ def make(place: Place, path: str | None, as_json: bool) -> int:
     else:
         write_file(path, page)
     return 0
+
+
+def resolved_job(store: Store) -> RunConfig | None:
+    """The job as the trainer was told it; none where the store is from before it was kept, or from another version."""
+    from pydantic import ValidationError
+
+    try:
+        return RunConfig.model_validate_json(store.get(names.RUN)) if store.head(names.RUN) else None
+    except ValidationError:
+        return None
 
 
 def write_file(path: str, page: str) -> None:

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from sft_api.events import Finished, Message
+from sft_api.events import Finished
 from sft_api.run import ExitCode, RunConfig, RunError
 from sft_trainer.launch import Account, Gang, Outcome, run_ranks, write_account
 from sft_trainer.stopping import StopFlag
@@ -81,8 +81,8 @@ def account_for(work: Callable[[], Outcome]) -> Outcome:
         return Outcome(1, f"{type(error).__name__}: {error}")
 
 
-def finish(outcome: Outcome) -> None:
-    event = Finished(
+def finished(outcome: Outcome) -> Finished:
+    return Finished(
         exit_code=outcome.code,
         reason=reason(outcome.code),
         message=outcome.message,
@@ -90,6 +90,10 @@ def finish(outcome: Outcome) -> None:
         step=outcome.step,
         checkpoint_step=outcome.checkpoint_step,
     )
+
+
+def finish(outcome: Outcome) -> None:
+    event = finished(outcome)
     say(event)
     if TERMINATION_LOG.exists():
         room = TERMINATION_LOG_BYTES - len(event.model_copy(update={"message": ""}).model_dump_json(by_alias=True)) - 8
@@ -120,14 +124,17 @@ def told_to_stop(number: int, frame: object) -> None:
 
 def train(options: argparse.Namespace, config: RunConfig) -> Outcome:
     """Everything one machine needs once, then its ranks."""
-    from sft_trainer.preparation import claim_attempt, fetch
+    from sft_trainer.preparation import claim_attempt, fetch, note_ending
 
     gang = Gang.from_environment(options.processes, os.environ)
     attempt = options.attempt or claim_attempt(config)
     with work_folder() as work:
         model = fetch(config)
         command = ["-m", "sft_trainer", "rank", str(options.run), "--attempt", str(attempt), "--model", str(model)]
-        return run_ranks(gang, command, work)
+        outcome = run_ranks(gang, command, work)
+    if gang.first_rank == 0:
+        note_ending(config, attempt, finished(outcome))
+    return outcome
 
 
 @contextmanager
@@ -167,10 +174,6 @@ def rank_account(options: argparse.Namespace, work: Path, stop: StopFlag) -> Acc
             traceback.print_exc()
         code, message = (known.code, str(known)) if known else (1, f"{type(error).__name__}: {error}")
     return Account(code=code, message=message, step=progress.step, checkpoint_step=progress.checkpoint_step)
-
-
-def warn(text: str) -> None:
-    say(Message(level="warning", text=text))
 
 
 COMMANDS: dict[str, Callable[[argparse.Namespace, RunConfig], Outcome]] = {"prepare": prepare, "train": train}

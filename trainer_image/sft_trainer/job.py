@@ -79,7 +79,7 @@ def assemble(config: RunConfig, attempt: int, model_folder: Path, work: Path, ra
     numbers = model_numbers(model.config)
     packing, attention, why = choose_packing(config, model, ranks)
     if config.trainer.activation_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
 
     data, held_out = open_data(config, prepared)
     schedule = Schedule(config.phases, [len(phase.samples) for phase in data])

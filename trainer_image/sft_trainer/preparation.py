@@ -10,12 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from sft_api import names
-from sft_api.events import Event
+from sft_api.events import Event, Finished, Message
 from sft_api.run import ExitCode, RunConfig, RunError
 from sft_trainer.fetch import fetch_model
 from sft_trainer.prepare import Dataset, PreparedJob, prepare
 from sft_trainer.store import ObjectMissing, Store
 from sft_trainer.tokenizer import load_tokenizer
+from sft_trainer.voice import say
 
 
 def cache_folder() -> Path:
@@ -40,6 +41,7 @@ def prepare_job(config: RunConfig, report: Callable[[Event], None], processes: i
     folder = fetch_model(config.model, cache_folder() / "models", weights=False)
     prepared = prepare(config, data_store(config), load_tokenizer(folder, config.model), report, processes)
     store.put(names.PREPARED, prepared.model_dump_json(by_alias=True).encode())
+    store.put(names.RUN, config.model_dump_json(by_alias=True, indent=2).encode())
     return prepared
 
 
@@ -68,3 +70,13 @@ def claim_attempt(config: RunConfig) -> int:
     while not store.create(names.attempt(attempt), claim):
         attempt += 1
     return attempt
+
+
+def note_ending(config: RunConfig, attempt: int, ending: Finished) -> None:
+    """Add how the attempt ended to its events: the ranks that wrote them may not have lived to tell it."""
+    store, key = job_store(config), names.events(attempt)
+    try:
+        told = store.get(key) if store.head(key) else b""
+        store.put(key, told + ending.model_dump_json(by_alias=True).encode() + b"\n")
+    except RunError as error:
+        say(Message(level="warning", text=f"how the attempt ended could not be noted: {error}"))

@@ -41,7 +41,7 @@ class Saver:
         self.config, self.store, self.attempt, self.stage = config, store, attempt, stage
         self.schedule, self.ranks, self.signals, self.staging = schedule, ranks, signals, staging
         self.fingerprints = identity(config, prepared)
-        self.last_stall_seconds = 0.0
+        self._stall_seconds = 0.0
         self.committed_step: int | None = None
         self._writer: CheckpointWriter | None = None
         self._last_save = time.monotonic()
@@ -102,8 +102,13 @@ class Saver:
             validation_loss=validation_loss,
             time=time.time(),
         )
-        self.last_stall_seconds = self._writer.save(engine.pieces(), capture_rng(), meta)
+        self._stall_seconds += self._writer.save(engine.pieces(), capture_rng(), meta)
         self._last_save = time.monotonic()
+
+    def take_stall_seconds(self) -> float:
+        """How long saves have held training up since this was last asked."""
+        taken, self._stall_seconds = self._stall_seconds, 0.0
+        return taken
 
     def wait(self) -> None:
         """Return when what was saved is committed."""

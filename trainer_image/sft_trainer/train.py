@@ -114,7 +114,7 @@ def step_metrics(
         packing_bound=step.plan.bound,
         micro_batches=step.plan.max_micro_batches,
         data_wait_seconds=step.wait_seconds,
-        checkpoint_stall_seconds=job.saver.last_stall_seconds,
+        checkpoint_stall_seconds=job.saver.take_stall_seconds(),
         memory_bytes=memory_bytes,
         time=time.time(),
     )
