@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ import pytest
 import yaml
 
 from sft_api.run import ExitCode
+from sft_trainer.launch import free_port
 from tests.s3 import S3Server
 from tests.trainer.runs import SPEC, make_base
 
@@ -88,8 +90,8 @@ def test_one_command_leaves_checkpoints_a_model_metrics_and_a_report(undisturbed
     assert "held-out loss" in undisturbed.output
 
 
-def start(manifest: Path, cwd: Path) -> subprocess.Popen[str]:
-    command = [str(SFT), "run", str(manifest), "--processes", "2", "-o", "json"]
+def start(manifest: Path, cwd: Path, *more: str) -> subprocess.Popen[str]:
+    command = [str(SFT), "run", str(manifest), "--processes", "2", "-o", "json", *more]
     return subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
 
 
@@ -105,9 +107,12 @@ def test_a_run_against_s3_that_is_stopped_and_killed_ends_with_the_same_paramete
     uri = f"{s3_bucket}/runs/small"
     manifest = write(tmp_path, document(base, uri))
 
-    with start(manifest, tmp_path) as stopped:
+    port = free_port()
+    with start(manifest, tmp_path, "--metrics-port", str(port)) as stopped:
         for event in events(stopped):
             if event["event"] == "step" and event["step"] == 3:
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/progress") as answer:
+                    assert json.loads(answer.read())["totalSteps"] == 10
                 stopped.send_signal(signal.SIGTERM)
     assert stopped.returncode == ExitCode.PREEMPTED
     committed = rows(uri, tmp_path)[-1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from enum import StrEnum
 from typing import Annotated
@@ -39,6 +40,10 @@ def run(
     processes: Annotated[
         int | None, typer.Option(min=1, help="Ranks on this machine. Unset: one for each GPU, else one.")
     ] = None,
+    metrics_port: Annotated[
+        int | None,
+        typer.Option(min=1, max=65535, help="Serve /metrics (Prometheus) and /progress (JSON) on 127.0.0.1 meanwhile."),
+    ] = None,
     overrides: Overrides = None,
     output: Format = Output.TEXT,
 ) -> None:
@@ -48,6 +53,8 @@ def run(
     """
     from sft_cli.run import run as verb
 
+    if metrics_port is not None:
+        os.environ["SFT_METRICS_PORT"] = str(metrics_port)  # for the rank that has the figures
     raise typer.Exit(verb(file, processes, overrides or [], output is Output.JSON))
 
 
