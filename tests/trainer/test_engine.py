@@ -85,7 +85,7 @@ def test_a_step_is_that_of_the_whole_batch_in_plain_torch(
 
     assert max_grad_norm == WITHOUT_CLIPPING or min(norms) > max_grad_norm, "clipping must be active"
     assert relative_error(first_gradient(after_one), gradient) < 1e-6
-    assert largest_error(masters(after_three), reference.parameters()) < 0.01 * LEARNING_RATE
+    assert relative_error(masters(after_three), reference.parameters()) < 1e-6
     for seen, _ in answers:
         assert seen == pytest.approx(norms, rel=1e-6)
 
@@ -101,7 +101,7 @@ def new_phase(stage: int, state: OptimizerState) -> list[Part]:
 
 
 def second_phase(state: OptimizerState) -> Any:
-    return make_optimizer(betas=(0.8, 0.99), eps=1e-6, weight_decay=0.1, max_grad_norm=0.3, state=state)
+    return make_optimizer(betas=(0.8, 0.99), eps=1e-5, weight_decay=0.1, max_grad_norm=0.3, state=state)
 
 
 @pytest.mark.parametrize("state", list(OptimizerState))
@@ -119,7 +119,7 @@ def test_a_new_phase_brings_its_settings_and_keeps_or_resets_adam(
     reference.step(make_samples(3, 6), 2e-4)
 
     assert adam_step == (2 if state is OptimizerState.RESET else 4)
-    assert largest_error(masters(whole), reference.parameters()) < 0.01 * LEARNING_RATE
+    assert relative_error(masters(whole), reference.parameters()) < 1e-6
 
 
 def bf16_sum_error(stage: int, left_out: list[str]) -> float:
