@@ -55,7 +55,8 @@ install() {
   .venv/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r "$first"
   pins_of setuptools wheel packaging >"$first"
   uv pip install --quiet --require-hashes -r "$first"
-  uv pip install --require-hashes --no-build-isolation -r constraints.txt
+  # Bytecode now, once: many short processes import torch, and some machines forbid them to keep what they compile.
+  uv pip install --require-hashes --no-build-isolation --compile-bytecode -r constraints.txt
   uv pip install --quiet --no-deps --no-build-isolation --editable .
 }
 
