@@ -16,7 +16,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, p
 
 from examples.make_model import make_model
 from sft_api.spec import ChatTemplate, Model, Precision
-from sft_trainer import export
 from sft_trainer.attention import choose_attention, stock_attention
 from sft_trainer.export import export_model, upload_export
 from sft_trainer.loss import PackedLM
@@ -125,11 +124,8 @@ def test_the_pipeline_answers_messages(exported: Path) -> None:
     assert answer[0]["generated_text"][-1] == {"role": "assistant", "content": ANSWER}
 
 
-def test_large_weights_go_into_shards(
-    trained: tuple[PreTrainedModel, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(export, "SHARD_SIZE", "50KB")
-    export_model(bf16_state(trained[0]), *trained, tmp_path)
+def test_large_weights_go_into_shards(trained: tuple[PreTrainedModel, Any], tmp_path: Path) -> None:
+    export_model(bf16_state(trained[0]), *trained, tmp_path, shard_size="50KB")
     assert len(list(tmp_path.glob("model-*-of-*.safetensors"))) > 1
     assert (tmp_path / "model.safetensors.index.json").is_file()
     AutoModelForCausalLM.from_pretrained(tmp_path)

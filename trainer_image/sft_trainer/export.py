@@ -25,7 +25,11 @@ SHARD_SIZE = "5GB"
 
 
 def export_model(
-    state_dict: Mapping[str, Tensor], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path
+    state_dict: Mapping[str, Tensor],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    shard_size: str = SHARD_SIZE,
 ) -> None:
     """Writes weights (bf16 safetensors in shards of at most 5 GB), configs, tokenizer and chat template to `folder`.
 
@@ -33,7 +37,7 @@ def export_model(
     everything else, its own weights are not read (under ZeRO-3 they are not there).
     """
     model.generation_config = _valid_generation_config(model)
-    model.save_pretrained(folder, state_dict=_whole_state(state_dict, model), max_shard_size=SHARD_SIZE)
+    model.save_pretrained(folder, state_dict=_whole_state(state_dict, model), max_shard_size=shard_size)
     config = copy.deepcopy(model.config)
     config.use_cache = True
     config.dtype = torch.bfloat16
