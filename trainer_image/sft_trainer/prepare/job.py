@@ -30,7 +30,8 @@ VALIDATION = "validation"
 PREPARE_VERSION = 1
 """Raise it whenever the same input would give other ids or masks: a test holds their digest."""
 _PROGRESS_SECONDS = 0.5
-_BYTES_WORTH_A_PROCESS = 2 << 20
+BYTES_WORTH_A_PROCESS = 2 << 20
+"""Of input: what takes about as long to tokenise as a process to start."""
 
 Report: TypeAlias = Callable[[PreparedMetrics | PrepareProgress], None]
 
@@ -136,7 +137,7 @@ def _prepare_part(
     report: Report,
     processes: int,
 ) -> Summary:
-    processes = min(processes, 1 + sum(file.size for file in part.files) // _BYTES_WORTH_A_PROCESS)
+    processes = min(processes, 1 + sum(file.size for file in part.files) // BYTES_WORTH_A_PROCESS)
     progress = _Progress(part, report)
     previewer = Previewer()
     tally = Tally()
