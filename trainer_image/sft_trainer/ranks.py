@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,7 +24,7 @@ class Ranks:
     def is_first(self) -> bool:
         return self.rank == 0
 
-    def gather(self, values: list[float]) -> NDArray[np.float64]:
+    def gather(self, values: Sequence[float]) -> NDArray[np.float64]:
         """The values of every rank as float64 of shape [world, len(values)], the same on each; collective."""
         mine = torch.tensor(values, dtype=torch.float64, device=self.device)
         everyone = torch.empty(self.world * len(values), dtype=torch.float64, device=self.device)

@@ -9,8 +9,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 from sft_api.events import CheckpointCommitted, Message
-from sft_api.run import ExitCode, RunConfig, RunError
-from sft_trainer.checkpoint import Checkpoint, CheckpointMeta, CheckpointWriter, newest_complete
+from sft_api.run import RunConfig
+from sft_trainer.checkpoint import Checkpoint, CheckpointMeta, CheckpointWriter, complete_places, newest_complete
 from sft_trainer.checkpoint.rng import capture_rng, restore_rng
 from sft_trainer.engine import Engine
 from sft_trainer.prepare import PreparedJob
@@ -48,11 +48,9 @@ class Saver:
 
     def restore(self, engine: Engine) -> Cursor:
         """Take over the newest complete checkpoint of this run, or start at the beginning; collective."""
-        checkpoint = newest_complete(self.store, self.fingerprints, self._warn, self._verify_together)
+        places = self._places_of_the_first_rank()
+        checkpoint = newest_complete(self.store, self.fingerprints, self._warn, self._verify_together, places)
         step = checkpoint.meta.step if checkpoint else 0
-        found = self.ranks.gather([step, checkpoint.attempt if checkpoint else 0])
-        if (found != found[0]).any():
-            raise RunError(ExitCode.COMMUNICATION, "the ranks found different checkpoints: another attempt is writing")
         if checkpoint is not None:
             engine.restore(checkpoint)
             if checkpoint.meta.world_size == self.ranks.world and (state := checkpoint.rank_state(self.ranks.rank)):
@@ -121,6 +119,14 @@ class Saver:
 
     def _warn(self, text: str) -> None:
         self.signals.emit(Message(level="warning", text=text))
+
+    def _places_of_the_first_rank(self) -> list[tuple[int, int]]:
+        """Step and attempt of the checkpoints to try, the same on every rank; collective."""
+        mine = complete_places(self.store) if self.ranks.is_first else []
+        count = int(self.ranks.gather([len(mine)])[0, 0])
+        flat = [number for place in mine for number in place] or [0] * (2 * count)
+        first = self.ranks.gather(flat)[0] if count else []
+        return [(int(first[i]), int(first[i + 1])) for i in range(0, 2 * count, 2)]
 
     def _verify_together(self, checkpoint: Checkpoint) -> str | None:
         """Each rank reads its share of the shards; what any of them found wrong counts for all; collective."""

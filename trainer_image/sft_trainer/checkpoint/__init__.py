@@ -13,6 +13,7 @@ Read in this order: records, shards, staging, commit, writer; reader, catalog; r
 from sft_trainer.checkpoint.catalog import (
     CheckpointSummary,
     Damaged,
+    complete_places,
     list_checkpoints,
     newest_complete,
     open_checkpoint,
@@ -27,6 +28,7 @@ __all__ = [
     "CheckpointSummary",
     "CheckpointWriter",
     "Damaged",
+    "complete_places",
     "list_checkpoints",
     "newest_complete",
     "open_checkpoint",

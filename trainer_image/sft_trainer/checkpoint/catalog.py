@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from pydantic import ValidationError
 
@@ -51,13 +51,15 @@ def newest_complete(
     fingerprints: Mapping[str, str] | None = None,
     warn: Callable[[str], None] = lambda _: None,
     verify: Callable[[Checkpoint], str | None] = Checkpoint.verify,
+    places: Sequence[Place] | None = None,
 ) -> Checkpoint | None:
     """The newest complete checkpoint whose checksums hold; None if there is none. `store`: at checkpoints.uri.
 
     A damaged one is passed over for the next older, and `warn` told which and why. `fingerprints`: the run's; RunError
     if the checkpoint is of another run. `verify`: what is wrong with the state, or None; a gang may share the reading.
+    `places`: what to try, for a gang whose ranks' own listings could differ.
     """
-    for place in sorted(_by_place(store.list(names.CHECKPOINTS), complete=True), reverse=True):
+    for place in complete_places(store) if places is None else places:
         try:
             checkpoint = open_checkpoint(store, *place)
             if fingerprints is not None:
@@ -69,6 +71,11 @@ def newest_complete(
         else:
             return checkpoint
     return None
+
+
+def complete_places(store: Store) -> list[Place]:
+    """Where complete checkpoints are, the newest first."""
+    return sorted(_by_place(store.list(names.CHECKPOINTS), complete=True), reverse=True)
 
 
 def open_checkpoint(store: Store, step: int, attempt: int) -> Checkpoint:
