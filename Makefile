@@ -14,7 +14,9 @@ help: ## Say what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 quickstart: $(INSTALLED) ## Train a small model on this machine, in a minute or two, into runs/quickstart
-	@$(BIN)/python -m examples.quickstart
+	$(BIN)/python -m examples.quickstart.teach
+	$(BIN)/sft run examples/quickstart.yaml
+	$(BIN)/python -m examples.quickstart.score
 
 test: $(INSTALLED) tools ## Run all tests
 	@$(BIN)/python -m pytest

@@ -128,7 +128,7 @@ def make(samples: int) -> Iterator[dict[str, Any]]:
     words = ["".join(source.choices("aeioubdfgklmnprstvz", k=source.randint(2, 9))) for _ in range(4_000)]
     frequencies = [1 / rank for rank in range(1, len(words) + 1)]
     for _ in range(samples):
-        length = min(1_200, int(source.lognormvariate(4.3, 0.8)) + 8)
+        length = min(1_200, int(source.lognormvariate(4.7, 0.8)) + 8)
         said = source.choices(words, frequencies, k=length)
         asked, answered = " ".join(said[length // 3 :]), " ".join(said[: length // 3])
         yield {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]}
