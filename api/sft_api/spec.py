@@ -263,7 +263,8 @@ class Keep(ApiModel):
     phase_ends: bool = True
     """Those at a phase's end."""
     best: Annotated[int, Field(ge=0, le=100)] = 0
-    """The so many with the lowest validation loss. Needs validation."""
+    """The so many with the lowest validation loss; the held-out data is then scored at every checkpoint. Needs
+    validation."""
 
 
 class Checkpoints(ApiModel):

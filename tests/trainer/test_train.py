@@ -274,6 +274,18 @@ def test_a_checkpoint_of_another_run_is_not_gone_on_from(runs: Runs) -> None:
     assert "phase 0 (one): optimizer, phase 1 (two): optimizer differ from this run's" in ending.message
 
 
+def test_the_best_checkpoints_are_kept_and_every_one_is_scored_for_it(runs: Runs) -> None:
+    keep = {"last": 1, "phaseEnds": False, "best": 1}
+    optimizer = {"learningRate": 0.5, "maxGradNorm": 1e6}  # the held-out loss soon rises
+    held_out = {"fraction": 0.15, "every": None}
+    changes = {"checkpoints": {"keep": keep}, "optimizer": optimizer, "validation": held_out}
+    assert runs.run("best", changes=changes).code == ExitCode.COMPLETED
+    told = runs.told("best")
+    losses = {step: score.loss for step, score in told.validations.items() if step > 0}
+    assert list(losses) == [2, 4, 6, 8, 10]
+    assert set(told.digests) == {min(losses, key=losses.__getitem__), 10}
+
+
 def test_the_model_of_every_phase_is_exported_once(runs: Runs) -> None:
     changes = {"checkpoints": {"export": "PhaseEnd"}}
     runs.run("exported", changes=changes, script=Script(stop_in=7))

@@ -70,6 +70,11 @@ class Saver:
         self._last_save = time.monotonic()
         return Cursor(**checkpoint.meta.cursor) if checkpoint else self.schedule.start()
 
+    @property
+    def keeps_the_best(self) -> bool:
+        """Whether checkpoints are compared by their held-out loss, so that each needs one."""
+        return self.config.checkpoints.keep.best > 0
+
     def minutes_are_up(self) -> bool:
         """Whether this rank's clock says that a save is due; the first rank's counts."""
         minutes = self.config.checkpoints.every.minutes

@@ -71,10 +71,11 @@ def train(job: Job, stop: StopFlag, progress: Progress) -> None:
                 )
             )
 
+            saves = job.saver.due(before, cursor, minutes_are_up=bool(everyone[0, 2]))
             validation_loss = None
-            if job.validation.due(before, cursor):
+            if job.validation.due(before, cursor) or (saves and job.saver.keeps_the_best):
                 validation_loss = job.validate(cursor.step, phase.name)
-            if told_to_stop or job.saver.due(before, cursor, minutes_are_up=bool(everyone[0, 2])):
+            if saves or told_to_stop:
                 job.saver.save(engine, before, cursor, step.digest, validation_loss)
             if told_to_stop and not schedule.is_done(cursor):
                 job.saver.wait()

@@ -33,7 +33,7 @@ class CheckpointMeta(ApiModel):
     samples_digest: str = ""
     """Of the samples of the step just done."""
     validation_loss: float | None = None
-    """Of the newest scoring of the held-out data at or before this step."""
+    """Of the held-out data after this step, if it was scored then."""
     time: float
     """Unix time of the save."""
 
