@@ -17,9 +17,11 @@ from typing import Any
 import pytest
 import yaml
 
+from sft_api.recipes import resolve
 from sft_api.run import ExitCode
+from sft_cli.manifests import BadManifest, read_job
+from sft_trainer.__main__ import account_for, parser, prepare, read_config
 from sft_trainer.launch import free_port
-from tests.s3 import S3Server
 from tests.trainer.runs import SPEC, make_base
 
 SFT = Path(sys.executable).with_name("sft")
@@ -222,24 +224,50 @@ UNLUCKY = {
 }
 
 
+def outcome_of(folder: Path, manifest: dict[str, Any]) -> tuple[int, str]:
+    """How `sft run` would end: what reads the manifest, then what prepares the run, without processes of their own."""
+    try:
+        config = resolve(read_job(str(write(folder, manifest))))
+    except BadManifest as error:
+        return ExitCode.CONFIGURATION, str(error)
+    (folder / "run.json").write_text(config.model_dump_json(by_alias=True))
+    options = parser().parse_args(["prepare", str(folder / "run.json"), "--processes", "1"])
+    outcome = account_for(lambda: prepare(options, read_config(options.run)))
+    return outcome.code, outcome.message
+
+
 @pytest.mark.parametrize("misfortune", UNLUCKY, ids=lambda misfortune: misfortune.__name__.replace("_", " "))
-def test_one_clear_message_and_nothing_half(misfortune: Any, base: Path, tmp_path: Path) -> None:
+def test_one_clear_message_before_the_first_step(misfortune: Any, base: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(base, tmp_path / "base")
     manifest = document(folder, f"file://{folder}/out")
     misfortune(folder, manifest)
     code, words = UNLUCKY[misfortune]
-    done = sft("run", write(folder, manifest), cwd=folder)
-    said = " ".join((done.stdout + done.stderr).split())
-    assert done.returncode == code, said
-    assert words in said
-    assert "Traceback" not in said
+    ended, message = outcome_of(folder, manifest)
+    assert ended == code, message
+    assert words in message
     left = [path.relative_to(folder / "out").parts[0] for path in folder.glob("out/**/COMPLETE")]
     assert set(left) <= {"data"}
 
 
+def test_a_misfortune_is_one_line_and_an_exit_code_for_a_person(base: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(base, tmp_path / "base")
+    manifest = document(folder, f"file://{folder}/out")
+    too_long_a_warm_up(folder, manifest)
+    done = sft("run", write(folder, manifest), cwd=folder)
+    said = " ".join((done.stdout + done.stderr).split())
+    assert done.returncode == ExitCode.CONFIGURATION, said
+    assert said.count("spec.optimizer.warmup.steps: 100 steps of warm-up are more than phase one has") == 1
+    assert "Traceback" not in said
+
+
 @pytest.mark.parametrize("how", ["no such bucket", "wrong credentials", "nobody there"])
 def test_a_store_that_refuses_is_found_out_before_any_work(
-    how: str, base: Path, tmp_path: Path, s3_bucket: str, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch
+    how: str,
+    base: Path,
+    tmp_path: Path,
+    s3_bucket: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     uri, code = f"{s3_bucket}/run", ExitCode.STORE_REFUSED
     if how == "no such bucket":
@@ -250,11 +278,10 @@ def test_a_store_that_refuses_is_found_out_before_any_work(
         monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
         monkeypatch.setenv("SFT_STORE_RETRY_SECONDS", "1")
         code = ExitCode.STORE_UNAVAILABLE
-    done = sft("run", write(tmp_path, document(base, uri)), cwd=tmp_path)
-    said = done.stdout + done.stderr
-    assert done.returncode == code, said
-    assert "spec.checkpoints.uri: " in said
-    assert "preparing" not in said
+    ended, message = outcome_of(tmp_path, document(base, uri))
+    assert ended == code, message
+    assert message.startswith("spec.checkpoints.uri: ")
+    assert "prepar" not in capsys.readouterr().out
 
 
 def test_the_report_can_be_made_again_from_what_is_in_the_store(undisturbed: Undisturbed) -> None:

@@ -86,7 +86,7 @@ def make_run(base: Path, out: str, changes: dict[str, Any] | None = None) -> Run
         spec[key] = {**spec[key], **value} if isinstance(value, dict) and isinstance(spec.get(key), dict) else value
     document = {"apiVersion": "sftjob.dev/v1alpha1", "kind": "SFTJob", "metadata": {"name": "test"}, "spec": spec}
     config = resolve(parse_job(document))
-    prepare_job(config, lambda event: None, processes=1)
+    prepare_job(config, lambda event: None, processes=1, check_model=lambda folder: None)
     return config
 
 

@@ -109,14 +109,16 @@ def reason(code: int) -> str:
 
 def prepare(options: argparse.Namespace, config: RunConfig) -> Outcome:
     """Tokenise the data; also the first proof of credentials, write permission, the model and a schedule that works."""
-    from sft_trainer.fetch import fetch_model
-    from sft_trainer.model import load_config
-    from sft_trainer.preparation import cache_folder, prepare_job
+    from sft_trainer.preparation import prepare_job
     from sft_trainer.schedule import Schedule
     from sft_trainer.split import open_data
 
-    load_config(fetch_model(config.model, cache_folder() / "models", weights=False), config.model)
-    data, _ = open_data(config, prepare_job(config, say, options.processes))
+    def check_model(folder: Path) -> None:
+        from sft_trainer.model import load_config  # torch comes with it: not before the store is known to answer
+
+        load_config(folder, config.model)
+
+    data, _ = open_data(config, prepare_job(config, say, options.processes, check_model))
     schedule = Schedule(config.phases, [len(phase.samples) for phase in data])
     return Outcome(0, f"the data of {schedule.total_steps:,} steps is ready")
 

@@ -13,7 +13,7 @@ from sft_api.run import ResolvedPhase, RunConfig
 from sft_api.spec import Packing, Precision
 from sft_trainer.fetch import fetch_model
 from sft_trainer.memory import STAGES, memory_need
-from sft_trainer.model import ModelNumbers, model_numbers_of
+from sft_trainer.model import ModelNumbers, load_config, model_numbers_of
 from sft_trainer.plan import Packer, permutation
 from sft_trainer.preparation import cache_folder, prepare_job
 from sft_trainer.schedule import PhaseSteps, Schedule
@@ -70,7 +70,7 @@ def plan_job(config: RunConfig, gpus: int, gpu_memory: int, report: Callable[[Ev
             summaries[event.phase] = event
         report(event)
 
-    prepared = prepare_job(config, note, processes)
+    prepared = prepare_job(config, note, processes, lambda folder: load_config(folder, config.model))
     data, _ = open_data(config, prepared)
     schedule = Schedule(config.phases, [len(phase.samples) for phase in data])
     numbers = model_numbers_of(fetch_model(config.model, cache_folder() / "models", weights=False), config.model)

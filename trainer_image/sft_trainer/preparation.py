@@ -34,11 +34,17 @@ def data_store(config: RunConfig) -> Store:
     return Store.open(config.prepared_data_uri, path="spec.checkpoints.uri" if default else "spec.preparedData.uri")
 
 
-def prepare_job(config: RunConfig, report: Callable[[Event], None], processes: int) -> PreparedJob:
-    """Tokenise what is not prepared yet and note in the job's store which data sets are its own."""
+def prepare_job(
+    config: RunConfig, report: Callable[[Event], None], processes: int, check_model: Callable[[Path], object]
+) -> PreparedJob:
+    """Tokenise what is not prepared yet and note in the job's store which data sets are its own.
+
+    `check_model` is given the model's folder, without weights, before any data is read: raise what is wrong with it.
+    """
     store = job_store(config)
     store.check_writable()
     folder = fetch_model(config.model, cache_folder() / "models", weights=False)
+    check_model(folder)
     prepared = prepare(config, data_store(config), load_tokenizer(folder, config.model), report, processes)
     store.put(names.PREPARED, prepared.model_dump_json(by_alias=True).encode())
     store.put(names.RUN, config.model_dump_json(by_alias=True, indent=2).encode())
