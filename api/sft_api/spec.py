@@ -142,8 +142,8 @@ class BatchOverrides(ApiModel):
     max_sequence_length: Annotated[int, Field(ge=8, le=1_048_576)] | None = None
     """Longest sample in tokens. Unset: 4096."""
     overlong: Overlong | None = None
-    """What becomes of a longer sample: Truncate keeps its beginning, Drop leaves it out, Fail stops the job. Counted,
-    never silent."""
+    """What becomes of a longer sample: Truncate keeps its beginning (and splits a Pretraining document into samples),
+    Drop leaves it out, Fail stops the job. Counted, never silent."""
 
 
 class Batch(BatchOverrides):
