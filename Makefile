@@ -7,6 +7,8 @@ SHELL := /bin/bash
 .DELETE_ON_ERROR:
 
 export SFTJOB_CACHE ?= $(HOME)/.cache/sftjob
+# Threads that wait sleep. Where cores are shared, threads that spin cost small models nearly all of their speed.
+export OMP_WAIT_POLICY ?= PASSIVE
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
