@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import resource
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -270,19 +271,21 @@ def test_a_mistake_in_validation_data_names_its_field(tmp_path: Path, tokenizer:
     assert error.value.path == "spec.validation.uri"
 
 
-@pytest.fixture
+@contextmanager
 def small_disk() -> Iterator[None]:
-    """No file may grow beyond a few bytes."""
+    """No file may grow beyond a few bytes: for as short as can be, since pytest's own output may go to a file."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_full_disk_is_said_and_nothing_is_committed(tmp_path: Path, tokenizer: Any, request: Any) -> None:
+def test_a_full_disk_is_said_and_nothing_is_committed(tmp_path: Path, tokenizer: Any) -> None:
     write_jsonl(tmp_path / "a.jsonl", CHATS)
-    request.getfixturevalue("small_disk")
-    with pytest.raises(RunError, match=r"a shard cannot be written to .*\. Free some space there") as error:
+    said = r"a shard cannot be written to .*\. Free some space there"
+    with pytest.raises(RunError, match=said) as error, small_disk():
         run(job(phase(f"file://{tmp_path}/a.jsonl")), tmp_path / "out", tokenizer)
     assert error.value.code == ExitCode.STORE_REFUSED
     assert not (tmp_path / "out").exists()
