@@ -6,6 +6,7 @@ import importlib.util
 import re
 import shlex
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from sft_api.job import SFTJob
 from sft_api.manifest import parse_job
 from sft_api.spec import SFTJobSpec
 from sft_cli.__main__ import app
+from sft_cli.manifests import read_job
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -144,6 +146,15 @@ def test_every_manifest_is_valid(document: Path) -> None:
         part = yaml.safe_load(block)
         whole = part if "kind" in part else {**example, "spec": {**example["spec"], **part["spec"]}}
         assert parse_job(whole).spec.phases
+
+
+@parametrize_documents()
+def test_every_override_makes_a_valid_job(document: Path) -> None:
+    for words in example_commands(document):
+        overrides = [value for flag, value in pairwise(words) if flag == "--set"]
+        if words[0] == "sft" and overrides:
+            manifest = words[2] if (ROOT / words[2]).exists() else "examples/quickstart.yaml"
+            assert read_job(str(ROOT / manifest), overrides).spec.phases
 
 
 def test_the_readme_shows_the_quickstart_as_it_is() -> None:
