@@ -19,7 +19,7 @@ PLURAL = "sftjobs"
 FILE = Path("crds", f"{PLURAL}.{GROUP}.yaml")
 HEADER = "# Generated from sft_api by `python -m sft_api.crd`. Do not edit.\n"
 
-MUTABLE = {"spec.checkpoints.keep"}
+MUTABLE = {"spec.checkpoints.keep", "spec.lifecycle", "spec.suspend"}
 """What may change while a job exists. The rest says which result the job's name stands for."""
 
 COLUMNS: list[tuple[str, str, str, str]] = [

@@ -12,6 +12,17 @@ from typing import Annotated, Literal
 from pydantic import Field, StringConstraints
 
 from sft_api.base import ApiModel
+from sft_api.pods import (
+    Credentials,
+    EnvVar,
+    LabelValue,
+    Lifecycle,
+    PodTemplate,
+    Quantity,
+    Resources,
+    Scheduling,
+    Toleration,
+)
 
 URI_PATTERN = r"^(file://\S+|(s3|gs|az|hf)://[^/\s]+/\S+)$"
 MODEL_URI_PATTERN = r"^(file://\S+|(s3|gs|az)://[^/\s]+/\S+|hf://[^/@\s]+/[^/@\s]+)$"
@@ -253,6 +264,21 @@ class Trainer(ApiModel):
     """Recompute activations in the backward pass: less memory, about a third more computation."""
     precision: Precision = Precision.BF16
     """Of weights and activations. Masters, moments, gradient accumulation and reduction are in fp32 always."""
+    image: Annotated[str, StringConstraints(min_length=1, max_length=512)] | None = None
+    """The trainer's image. Unset: the one that the operator was installed with."""
+    resources: Resources = Resources()
+    """Of each trainer pod, besides its GPUs."""
+    node_selector: Annotated[dict[str, LabelValue], Field(max_length=32)] = {}
+    """Labels of the nodes that the trainer's pods may run on."""
+    tolerations: Annotated[list[Toleration], Field(max_length=32)] = []
+    """Taints that the trainer's pods put up with."""
+    env: Annotated[list[EnvVar], Field(max_length=128)] = []
+    """Environment variables of all pods of the job: NCCL settings, proxies, HF_TOKEN from a Secret."""
+    shared_memory: Quantity | None = None
+    """Size of /dev/shm, which counts as memory of the pod. Unset: no limit but the pod's."""
+    pod_template: PodTemplate = {}
+    """Overrides for all pods of the job, merged into them last, lists by name: volumes, affinity, image pull secrets.
+    The container is `pytorch`. What the operator relies on (names, restart policy, command) cannot be overridden."""
 
 
 class Keep(ApiModel):
@@ -272,6 +298,8 @@ class Checkpoints(ApiModel):
 
     uri: StoreUri
     """Prefix in an object store, of this job alone."""
+    credentials: Credentials | None = None
+    """How the pods are let into the object stores of checkpoints, data and model."""
     every: CheckpointInterval = CheckpointInterval(steps=100)
     """How often to commit a checkpoint, besides at each phase's end and on SIGTERM: exactly one of steps, samples and
     minutes."""
@@ -314,5 +342,12 @@ class SFTJobSpec(ApiModel):
     """Where tokenised data is kept."""
     checkpoints: Checkpoints
     """Where the job's results are kept, and how often its state."""
+    scheduling: Scheduling = Scheduling()
+    """How the pods of the gang get onto nodes."""
+    lifecycle: Lifecycle = Lifecycle()
+    """What is done about failures, time and leftovers. May change while the job runs."""
+    suspend: bool = False
+    """True: stop after a committed checkpoint and give the nodes back; false again: go on from there. May change while
+    the job runs."""
     seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = 42
     """Seed of the order of samples, of the split and of whatever else is random."""

@@ -162,6 +162,8 @@ class Attempt(ApiModel):
     """Name of the attempt's objects."""
     started: datetime
     """When it was created."""
+    running: datetime | None = None
+    """When all of its pods ran."""
     ended: datetime | None = None
     """When it ended."""
     reason: Word | None = None
@@ -170,6 +172,14 @@ class Attempt(ApiModel):
     """Why it ended, in a sentence for a person."""
     resumed_from_step: Count | None = None
     """Step of the checkpoint it went on from; none where it began anew."""
+    checkpoint_step: Count | None = None
+    """Step of the newest checkpoint known when it ended."""
+    held_seconds: Seconds | None = None
+    """How long its pods held their nodes, from when the first was placed."""
+    disruption: bool | None = None
+    """Whether it ended by an eviction, a preemption or a lost node, rather than by a failure."""
+    log: Annotated[str, StringConstraints(max_length=8192)] | None = None
+    """Last lines of the log of the pod that failed."""
 
 
 class SFTJobStatus(ApiModel):
@@ -202,7 +212,13 @@ class SFTJobStatus(ApiModel):
     """Restarts after failures since the last newer checkpoint."""
     disruptions: Count | None = None
     """Restarts after evictions, preemptions and lost nodes."""
+    held_seconds: Seconds | None = None
+    """How long the gang held its nodes, over all attempts."""
     gpu_seconds: Seconds | None = None
     """GPU time held, in seconds, over all attempts."""
     goodput: Annotated[float, Field(ge=0, le=1)] | None = None
-    """Share of the GPU time that went into steps which still count."""
+    """Share of the time held that went into steps which still count."""
+    suspended_seconds: Seconds | None = None
+    """How long the job was suspended, up to the last resumption."""
+    finished: datetime | None = None
+    """When the job succeeded or failed."""
