@@ -111,7 +111,7 @@ class Scheduling(ApiModel):
     """The queue that the gang waits in, with Volcano, Kueue (a LocalQueue, required) or KAI. An error with the others,
     which have none."""
     priority_class_name: ObjectName | None = None
-    """PriorityClass of the trainer's pods; with Kueue the WorkloadPriorityClass too, if there is one of that name."""
+    """PriorityClass of the trainer's pods, and of the gang where its scheduler ranks gangs."""
     scheduler_name: ObjectName | None = None
     """The scheduler of the trainer's pods. Unset: the one that `gang` asks for."""
     timeout_seconds: Annotated[int, Field(ge=1, le=10_000_000)] | None = None

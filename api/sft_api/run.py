@@ -35,6 +35,17 @@ class ExitCode(IntEnum):
     STORE_UNAVAILABLE = 33
 
 
+PERMANENT = (
+    ExitCode.CONFIGURATION,
+    ExitCode.DATA,
+    ExitCode.MODEL,
+    ExitCode.STORE_REFUSED,
+    ExitCode.OUT_OF_MEMORY,
+    ExitCode.DIVERGED,
+)
+"""Trying again would end the same way."""
+
+
 class RunError(Exception):
     """A run that cannot go on, for a reason that its user can act on.
 
