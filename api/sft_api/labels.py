@@ -1,8 +1,8 @@
 """How the objects of a job are named and labelled in a cluster: the only place that spells them.
 
-    <job>-run           ConfigMap: run.json
-    <job>-prepare       Job: the preparation
-    <job>-<attempt>     PyTorchJob, its pods and services, and the gang's PodGroup
+<job>-run           ConfigMap: run.json
+<job>-prepare       Job: the preparation
+<job>-<attempt>     PyTorchJob, its pods and services, and the gang's PodGroup
 """
 
 from __future__ import annotations

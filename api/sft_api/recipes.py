@@ -14,6 +14,7 @@ from sft_api.job import SFTJob
 from sft_api.run import Lengths, ResolvedBatch, ResolvedOptimizer, ResolvedPhase, RunConfig
 from sft_api.spec import (
     BatchOverrides,
+    Compute,
     DataSource,
     LearningRateSchedule,
     OptimizerOverrides,
@@ -22,11 +23,13 @@ from sft_api.spec import (
     Phase,
     PhaseOptimizerOverrides,
     Recipe,
+    Saving,
     Strategy,
     Warmup,
 )
 
 Overrides = TypeVar("Overrides", BatchOverrides, OptimizerOverrides)
+Part = TypeVar("Part", Compute, Saving)
 
 MAX_SEQUENCE_LENGTH = 4096
 MAX_TOKENS_PER_GPU = 16384
@@ -73,12 +76,18 @@ def resolve(job: SFTJob) -> RunConfig:
         phases=resolve_phases(job),
         packing=spec.batch.packing,
         validation=spec.validation,
-        trainer=spec.trainer,
-        checkpoints=spec.checkpoints,
+        trainer=part(spec.trainer, Compute),
+        checkpoints=part(spec.checkpoints, Saving),
         prepared_data_uri=names.without_slash(spec.prepared_data.uri)
         if spec.prepared_data
         else names.prepared_data_uri(spec.checkpoints.uri),
+        hang_timeout_seconds=spec.lifecycle.hang_timeout_seconds,
     )
+
+
+def part(whole: Part, kind: type[Part]) -> Part:
+    """The fields of `kind` alone, of a `whole` that has more."""
+    return kind(**{name: getattr(whole, name) for name in kind.model_fields})
 
 
 def resolve_phases(job: SFTJob) -> list[ResolvedPhase]:

@@ -5,15 +5,16 @@ from __future__ import annotations
 from enum import IntEnum, StrEnum
 
 from sft_api.base import ApiModel
+from sft_api.pods import Lifecycle
 from sft_api.spec import (
-    Checkpoints,
+    Compute,
     DataSource,
     LearningRateSchedule,
     Model,
     OptimizerState,
     Overlong,
     Packing,
-    Trainer,
+    Saving,
     Validation,
     Warmup,
 )
@@ -104,7 +105,7 @@ class ResolvedPhase(ApiModel):
 
 
 class RunConfig(ApiModel):
-    """The resolved job: presets expanded, defaults filled in. Written as `run.json`."""
+    """The resolved job: presets expanded, defaults filled in, and nothing of pods or secrets. Written as `run.json`."""
 
     name: str
     seed: int
@@ -113,6 +114,8 @@ class RunConfig(ApiModel):
     packing: Packing
     """`spec.batch.packing`."""
     validation: Validation | None
-    trainer: Trainer
-    checkpoints: Checkpoints
+    trainer: Compute
+    checkpoints: Saving
     prepared_data_uri: str
+    hang_timeout_seconds: int = Lifecycle().hang_timeout_seconds
+    """`spec.lifecycle.hangTimeoutSeconds`. A run.json of before it was there is read too."""

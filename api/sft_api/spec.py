@@ -249,8 +249,8 @@ class Validation(ApiModel):
     Unset: only then."""
 
 
-class Trainer(ApiModel):
-    """The machines and how they compute."""
+class Compute(ApiModel):
+    """How many machines, and how they compute: what the trainer itself is told."""
 
     nodes: Annotated[int, Field(ge=1, le=1024)] = 1
     """Number of nodes. `sft run` uses the one machine it is on and says so where this asks for more."""
@@ -264,6 +264,11 @@ class Trainer(ApiModel):
     """Recompute activations in the backward pass: less memory, about a third more computation."""
     precision: Precision = Precision.BF16
     """Of weights and activations. Masters, moments, gradient accumulation and reduction are in fp32 always."""
+
+
+class Trainer(Compute):
+    """The machines and how they compute."""
+
     image: Annotated[str, StringConstraints(min_length=1, max_length=512)] | None = None
     """The trainer's image. Unset: the one that the operator was installed with."""
     resources: Resources = Resources()
@@ -293,13 +298,11 @@ class Keep(ApiModel):
     validation."""
 
 
-class Checkpoints(ApiModel):
-    """Where the job's results are kept, and how often its state."""
+class Saving(ApiModel):
+    """Where and how often the trainer saves."""
 
     uri: StoreUri
     """Prefix in an object store, of this job alone."""
-    credentials: Credentials | None = None
-    """How the pods are let into the object stores of checkpoints, data and model."""
     every: CheckpointInterval = CheckpointInterval(steps=100)
     """How often to commit a checkpoint, besides at each phase's end and on SIGTERM: exactly one of steps, samples and
     minutes."""
@@ -307,6 +310,13 @@ class Checkpoints(ApiModel):
     """Which complete checkpoints to keep. May change while the job runs."""
     export: Export = Export.PHASE_END
     """When to write a Hugging Face model (safetensors, bf16) for inference."""
+
+
+class Checkpoints(Saving):
+    """Where the job's results are kept, and how often its state."""
+
+    credentials: Credentials | None = None
+    """How the pods are let into the object stores of checkpoints, data and model."""
 
 
 class PreparedData(ApiModel):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sft_api.run import ExitCode, RunError
-from sft_api.spec import Trainer
+from sft_api.spec import Compute
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def present_gpus(environment: Mapping[str, str], driver: Path) -> int:
     return len(list(driver.iterdir())) if driver.is_dir() else 0
 
 
-def choose(trainer: Trainer, processes: int | None, gpus: int) -> Machine:
+def choose(trainer: Compute, processes: int | None, gpus: int) -> Machine:
     """How many ranks, and where. Raises RunError where `--processes` asks for more GPUs than there are.
 
     A number of GPUs that the manifest does not name is all of this machine's.
@@ -70,14 +70,14 @@ def choose(trainer: Trainer, processes: int | None, gpus: int) -> Machine:
     return Machine(used, used, note)
 
 
-def cpu_note(trainer: Trainer, ranks: int) -> str:
+def cpu_note(trainer: Compute, ranks: int) -> str:
     return (
         f"The manifest asks for {asked(trainer)}; no GPU can be seen here, so it trains on the CPU"
         f" with {counted(ranks, 'process', 'processes')} and the same batches."
     )
 
 
-def asked(trainer: Trainer) -> str:
+def asked(trainer: Compute) -> str:
     nodes = f"{trainer.nodes} nodes with " if trainer.nodes > 1 else ""
     return f"{nodes}{counted(trainer.gpus_per_node, 'GPU')}{' each' if nodes else ''}"
 

@@ -166,3 +166,24 @@ def test_prepared_data_lie_under_the_checkpoints_unless_elsewhere(changes: dict[
 def test_a_run_config_comes_back_from_its_json() -> None:
     config = resolved({"spec.strategy": "Phased", "spec.validation": {"fraction": 0.1}})
     assert RunConfig.model_validate_json(config.model_dump_json(by_alias=True)) == config
+
+
+def test_the_trainer_is_told_how_long_a_step_may_take() -> None:
+    assert resolved().hang_timeout_seconds == 1800
+    assert resolved({"spec.lifecycle": {"hangTimeoutSeconds": 60}}).hang_timeout_seconds == 60
+
+
+def test_the_trainer_is_told_nothing_of_pods_and_secrets() -> None:
+    config = resolved(
+        {
+            "spec.trainer": {"nodes": 2, "image": "registry/of-ours", "env": [{"name": "A", "value": "of-ours"}]},
+            "spec.checkpoints.credentials": {"secretRef": {"name": "of-ours"}},
+        }
+    )
+    assert config.trainer.nodes == 2
+    assert "of-ours" not in config.model_dump_json()
+
+
+def test_a_run_config_of_before_there_was_a_hang_timeout_is_read() -> None:
+    config = resolved().model_dump(mode="json", exclude={"hang_timeout_seconds"})
+    assert RunConfig.model_validate(config) == resolved()
