@@ -1,0 +1,181 @@
+"""The faults: what each does, when it may strike, and how the attempt may end that it strikes.
+
+A fault that leaves the attempt running has to be ridden out: it ends nothing and costs nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from benchmarks.chaos.gateway import Misbehaviour
+from sft_api.run import ExitCode
+
+if TYPE_CHECKING:
+    from benchmarks.chaos.run import Attempt
+
+KILLED = 128 + signal.SIGKILL
+TRANSIENT = 4
+"""Requests that a passing fault of the store meets: fewer than the client's patience."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One way to disturb a run."""
+
+    name: str
+    strike: Callable[[Attempt, random.Random], None]
+    ends_with: frozenset[int] = frozenset()
+    """The exit codes that the attempt may end with; empty: it goes on."""
+    between_attempts: bool = False
+    """It strikes what is in the store while no attempt runs."""
+
+
+def of(name: str, *ends_with: int, between_attempts: bool = False) -> Callable[[Callable[..., None]], Fault]:
+    def make(strike: Callable[[Attempt, random.Random], None]) -> Fault:
+        return Fault(name, strike, frozenset(map(int, ends_with)), between_attempts)
+
+    return make
+
+
+# ── processes ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@of("kill -9 of one rank", KILLED)
+def kill_rank(attempt: Attempt, chance: random.Random) -> None:
+    if ranks := attempt.ranks():
+        os.kill(chance.choice(ranks), signal.SIGKILL)
+
+
+@of("kill -9 of all ranks", KILLED)
+def kill_ranks(attempt: Attempt, chance: random.Random) -> None:
+    for rank in attempt.ranks():
+        os.kill(rank, signal.SIGKILL)
+
+
+@of("kill -9 of the launcher and all ranks", -signal.SIGKILL)
+def kill_everything(attempt: Attempt, chance: random.Random) -> None:
+    ranks = attempt.ranks()
+    attempt.process.kill()
+    for rank in ranks:
+        os.kill(rank, signal.SIGKILL)
+
+
+@of("SIGTERM to the launcher", ExitCode.PREEMPTED)
+def stop(attempt: Attempt, chance: random.Random) -> None:
+    attempt.process.terminate()
+
+
+@of("SIGSTOP of one rank", ExitCode.HUNG)
+def freeze_rank(attempt: Attempt, chance: random.Random) -> None:
+    if ranks := attempt.ranks():
+        os.kill(chance.choice(ranks), signal.SIGSTOP)
+
+
+# ── the store, passing ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def passing(name: str, how: Misbehaviour) -> Fault:
+    def strike(attempt: Attempt, chance: random.Random) -> None:
+        attempt.world.gateway.misbehave(how, chance.randint(1, TRANSIENT))
+
+    return Fault(name, strike)
+
+
+@of("the S3 server killed and started again")
+def restart_server(attempt: Attempt, chance: random.Random) -> None:
+    attempt.world.server.kill()
+    attempt.world.server.start()
+
+
+# ── the store, for good ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def lasting(name: str, how: Misbehaviour, *ends_with: int) -> Fault:
+    def strike(attempt: Attempt, chance: random.Random) -> None:
+        attempt.world.gateway.misbehave(how, 1_000_000)
+
+    return Fault(name, strike, frozenset(map(int, ends_with)))
+
+
+@of("a full disk under the staging area", ExitCode.STORE_REFUSED)
+def fill_staging(attempt: Attempt, chance: random.Random) -> None:
+    free = shutil.disk_usage(attempt.world.staging).free
+    with (attempt.world.staging / "ballast").open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, max(1, free - 16_384))
+
+
+# ── what is in the store ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+@of("a flipped byte in a shard", between_attempts=True)
+def flip_byte(attempt: Attempt, chance: random.Random) -> None:
+    if shard := a_shard(attempt, chance):
+        body = bytearray(shard.read_bytes())
+        body[chance.randrange(len(body))] ^= 1 << chance.randrange(8)
+        shard.write_bytes(bytes(body))
+
+
+@of("a truncated shard", between_attempts=True)
+def truncate(attempt: Attempt, chance: random.Random) -> None:
+    if shard := a_shard(attempt, chance):
+        os.truncate(shard, chance.randrange(shard.stat().st_size))
+
+
+@of("a missing shard", between_attempts=True)
+def remove_shard(attempt: Attempt, chance: random.Random) -> None:
+    if shard := a_shard(attempt, chance):
+        shard.unlink()
+
+
+@of("a manifest of another checkpoint", between_attempts=True)
+def swap_manifest(attempt: Attempt, chance: random.Random) -> None:
+    newest = newest_checkpoint(attempt)
+    if newest is not None:
+        manifest = newest / "MANIFEST.json"
+        manifest.write_text(manifest.read_text().replace('"step": ', '"step": 1'))
+
+
+def newest_checkpoint(attempt: Attempt) -> Path | None:
+    """The folder of the newest complete checkpoint: the S3 server keeps objects as files."""
+    complete = [marker.parent for marker in attempt.world.folder.glob("ckpt/*/*/COMPLETE")]
+    return max(complete, key=lambda folder: (int(folder.parent.name), int(folder.name)), default=None)
+
+
+def a_shard(attempt: Attempt, chance: random.Random) -> Path | None:
+    newest = newest_checkpoint(attempt)
+    return chance.choice(sorted(newest.glob("*.safetensors"))) if newest is not None else None
+
+
+FAULTS: Mapping[str, Fault] = {
+    fault.name: fault
+    for fault in (
+        kill_rank,
+        kill_ranks,
+        kill_everything,
+        stop,
+        freeze_rank,
+        passing("500 from the store", Misbehaviour(500)),
+        passing("503 slow down", Misbehaviour(503, "SlowDown")),
+        passing("connections refused", Misbehaviour()),
+        passing("answers lost", Misbehaviour(lose_the_answer=True)),
+        passing("a store that takes its time", Misbehaviour(500, after_seconds=2.0)),
+        restart_server,
+        lasting(
+            "a bucket that turns read-only", Misbehaviour(403, "AccessDenied", writes_only=True), ExitCode.STORE_REFUSED
+        ),
+        lasting("credentials that expire", Misbehaviour(403, "ExpiredToken"), ExitCode.STORE_REFUSED),
+        lasting("a store that stays away", Misbehaviour(503, "ServiceUnavailable"), ExitCode.STORE_UNAVAILABLE),
+        fill_staging,
+        flip_byte,
+        truncate,
+        remove_shard,
+        swap_manifest,
+    )
+}
