@@ -2,9 +2,9 @@
 
     python -m benchmarks.chaos --faults 100 --seed 1 -o json
 
-Real ranks, a real S3 server over HTTP, a gateway that fails as networks and permissions do. The last line of the output
-is one JSON object; -o json has every fault and its instant before it. Samples lost are those of steps that are not in the
-history of the final weights; samples repeated are those in it beyond what the schedule says.
+Real ranks, a real S3 server over HTTP, a gateway that fails as networks and permissions do. The last line of output is
+one JSON object; -o json has every fault and its instant before it. Samples lost are those of steps that are missing in
+the history of the final weights; samples repeated are those in it beyond what the schedule says.
 """
 
 from __future__ import annotations

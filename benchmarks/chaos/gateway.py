@@ -1,6 +1,6 @@
 """A gateway in front of an S3 server that fails as networks, servers and permissions do, and counts what passes.
 
-It forwards every request as it is (its signature covers the host, which is the gateway's) until it is told to misbehave.
+It forwards requests as they are (their signature covers the host, which is the gateway's) until told to misbehave.
 """
 
 from __future__ import annotations
