@@ -64,10 +64,15 @@ class Pod:
     """How its main container ended."""
     deleting: datetime | None = None
     """Its deletionTimestamp: when it should be gone at the latest."""
+    failed: str | None = None
+    """Why it failed as a whole, its main container never having run: refused by its node, an init container."""
     in_pod_group: bool = False
-    """Whether it has a schedulingGroup."""
+    """Whether a scheduler places it together with the others: it has a schedulingGroup, Volcano's annotation
+    `scheduling.k8s.io/group-name` or Coscheduling's label `scheduling.x-k8s.io/pod-group`."""
     gone: bool = False
     """It is deleted; what it said last is kept until the next attempt."""
+    owner: str | None = None
+    """As everywhere here: uid of the SFTJob that it was made for, from the label; none where it has no such label."""
 
     @property
     def is_running(self) -> bool:
@@ -84,6 +89,7 @@ class PrepareJob:
     failed: str | None = None
     """Why it failed for good, in the words of its condition."""
     deleting: bool = False
+    owner: str | None = None
 
 
 @dataclass(frozen=True)
@@ -97,9 +103,12 @@ class Gang:
     failed: str | None = None
     """Why it failed, in the words of its condition."""
     succeeded: bool = False
+    ended: datetime | None = None
+    """When it failed or succeeded. What its pods say of it may be seen a little later."""
     queued: bool = False
     """A queue holds it back (Kueue suspends what it has not admitted)."""
     deleting: bool = False
+    owner: str | None = None
 
 
 @dataclass(frozen=True)
@@ -112,6 +121,7 @@ class PodGroup:
     message: str = ""
     """Why it is not scheduled, in the scheduler's words."""
     deleting: bool = False
+    owner: str | None = None
 
 
 @dataclass(frozen=True)
