@@ -38,7 +38,13 @@ generate: $(INSTALLED) ## Write the files that are generated: crds/ and docs/api
 constraints: $(INSTALLED) ## Pin the dependencies of pyproject.toml anew (keeps the pins that still fit)
 	@scripts/pin.sh
 
-tools: $(INSTALLED) ## Install what only tests need: an S3 server, a browser
+cluster: $(INSTALLED) tools ## Bring up a Kubernetes of two nodes on this machine, in .cluster
+	@$(BIN)/python -m tests.cluster up
+
+cluster-down: $(INSTALLED) ## Take it down, without a trace
+	@$(BIN)/python -m tests.cluster down
+
+tools: $(INSTALLED) ## Install what only tests need: what the test cluster is made of, an S3 server, a browser
 	@scripts/tools.sh
 
 venv: $(INSTALLED) ## Make .venv with everything pinned in constraints.txt
@@ -50,4 +56,4 @@ clean: ## Remove the environment, the caches and runs/quickstart
 $(INSTALLED): constraints.txt pyproject.toml scripts/setup.sh
 	@scripts/setup.sh
 
-.PHONY: help quickstart test check generate constraints tools venv clean
+.PHONY: help quickstart test check generate constraints cluster cluster-down tools venv clean

@@ -33,9 +33,9 @@ def versitygw() -> Path:
     return program
 
 
-def _free_port() -> int:
+def _free_port(address: str) -> int:
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.bind((address, 0))
         return int(probe.getsockname()[1])
 
 
@@ -45,16 +45,28 @@ class S3Server:
     access_key = "test-access-key"
     secret_key = "test-secret-key"
 
-    def __init__(self, folder: Path, *, read_only: bool = False):
+    def __init__(self, folder: Path, *, address: str = "127.0.0.1", read_only: bool = False):
         self.folder = folder
-        self.port = _free_port()
+        self._address = address
+        self._port: int | None = None
         self._read_only = read_only
         self._process: subprocess.Popen[bytes] | None = None
         self._names = itertools.count(1)
 
     @property
+    def port(self) -> int:
+        """Chosen when it is first asked for, and the same ever after."""
+        self._port = self._port or _free_port(self._address)
+        return self._port
+
+    @property
     def endpoint(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"http://{self._address}:{self.port}"
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None, "the S3 server is not running"
+        return self._process.pid
 
     @property
     def environment(self) -> dict[str, str]:
@@ -77,9 +89,9 @@ class S3Server:
         """Begin to serve, on the same port as ever; returns when connections are taken."""
         keys = ["--access", self.access_key, "--secret", self.secret_key]
         mode = ["--readonly"] if self._read_only else []
-        serve = ["--port", f"127.0.0.1:{self.port}", "--quiet", *keys, *mode, "posix", str(self.folder)]
+        serve = ["--port", f"{self._address}:{self.port}", "--quiet", *keys, *mode, "posix", str(self.folder)]
         with (self.folder.parent / "versitygw.log").open("ab") as log:
-            self._process = subprocess.Popen([str(versitygw()), *serve], stdout=log, stderr=log)
+            self._process = subprocess.Popen([str(versitygw()), *serve], stdout=log, stderr=log, start_new_session=True)
         self._await_port()
 
     def kill(self) -> None:
@@ -92,7 +104,7 @@ class S3Server:
     @contextmanager
     def read_only(self) -> Iterator[S3Server]:
         """A second server over the same buckets that refuses every write."""
-        other = S3Server(self.folder, read_only=True)
+        other = S3Server(self.folder, address=self._address, read_only=True)
         other.start()
         try:
             yield other
@@ -104,7 +116,7 @@ class S3Server:
         deadline = time.monotonic() + START_SECONDS
         while True:
             try:
-                socket.create_connection(("127.0.0.1", self.port), timeout=1).close()
+                socket.create_connection((self._address, self.port), timeout=1).close()
                 return
             except OSError:
                 log = (self.folder.parent / "versitygw.log").read_text(errors="replace")
