@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +20,38 @@ PLURAL = "sftjobs"
 FILE = Path("crds", f"{PLURAL}.{GROUP}.yaml")
 HEADER = "# Generated from sft_api by `python -m sft_api.crd`. Do not edit.\n"
 
+REASON = '.status.conditions[?(@.type=="Succeeded")].reason'
+"""Not with `-o wide` alone: State says that a job failed, and this why."""
+
 MUTABLE = {"spec.checkpoints.keep", "spec.lifecycle", "spec.suspend"}
 """What may change while a job exists. The rest says which result the job's name stands for."""
 
-COLUMNS: list[tuple[str, str, str, str]] = [
-    ("State", "string", ".status.state", "Where the job stands"),
-    ("Phase", "string", ".status.phase.name", "The phase being trained"),
-    ("Step", "integer", ".status.progress.step", "Optimizer steps done"),
-    ("Progress", "integer", ".status.progress.percent", "Steps done of all steps, in percent"),
-    ("Loss", "number", ".status.progress.loss", "Mean cross-entropy of the last step"),
-    ("Restarts", "integer", ".status.restarts", "Restarts after failures"),
-    ("Checkpoint", "date", ".status.checkpoint.time", "Age of the newest committed checkpoint"),
-    ("Age", "date", ".metadata.creationTimestamp", "Age of the job"),
+
+@dataclass(frozen=True)
+class Column:
+    """A column of `kubectl get sft`."""
+
+    name: str
+    type: str
+    path: str
+    description: str
+    wide: bool = False
+    """Shown with `-o wide` alone."""
+
+
+COLUMNS = [
+    Column("State", "string", ".status.state", "Where the job stands"),
+    Column("Phase", "string", ".status.phase.name", "The phase being trained"),
+    Column("Step", "integer", ".status.progress.step", "Optimizer steps done"),
+    Column("Progress", "integer", ".status.progress.percent", "Steps done of all steps, in percent"),
+    Column("Loss", "number", ".status.progress.loss", "Mean cross-entropy of the last step"),
+    Column("Restarts", "integer", ".status.restarts", "Restarts after failures"),
+    Column("Checkpoint", "date", ".status.checkpoint.time", "Age of the newest committed checkpoint"),
+    Column("Queue", "string", ".spec.scheduling.queue", "The queue that the gang waits in", wide=True),
+    Column("GPU-Seconds", "number", ".status.gpuSeconds", "GPU time held, over all attempts", wide=True),
+    Column("Goodput", "number", ".status.goodput", "Share of the time held that went into steps", wide=True),
+    Column("Reason", "string", REASON, "Why the job failed, or how it goes"),
+    Column("Age", "date", ".metadata.creationTimestamp", "Age of the job"),
 ]
 
 NAME_RULE = {
@@ -68,19 +89,22 @@ def version() -> dict[str, Any]:
         "served": True,
         "storage": True,
         "subresources": {"status": {}},
-        "additionalPrinterColumns": [
-            {"name": name, "type": kind, "jsonPath": path, "description": description}
-            for name, kind, path, description in COLUMNS
-        ],
+        "additionalPrinterColumns": [printer_column(column) for column in COLUMNS],
         "schema": {"openAPIV3Schema": root_schema()},
     }
+
+
+def printer_column(column: Column) -> dict[str, Any]:
+    shown = {"name": column.name, "type": column.type, "jsonPath": column.path, "description": column.description}
+    return shown | ({"priority": 1} if column.wide else {})
 
 
 def root_schema() -> Schema:
     whole = structural(SFTJob)
     spec = guarded(deepcopy(structural(SFTJobSpec)), SFTJobSpec)
     forbid_changes(spec, SFTJobSpec, "spec")
-    status = deepcopy(structural(SFTJobStatus))
+    # Of a new object too, so that what waits for it (kstatus: Flux, Helm) does not take it for done.
+    status = structural(SFTJobStatus) | {"default": {"observedGeneration": 0}}
     described = {
         "apiVersion": {"type": "string", "description": whole["properties"]["apiVersion"]["description"]},
         "kind": {"type": "string", "description": whole["properties"]["kind"]["description"]},
@@ -100,7 +124,7 @@ def root_schema() -> Schema:
 
 def guarded(schema: Schema, model: type[ApiModel]) -> Schema:
     """`schema` with the rules across fields of `model`, and of the models it holds."""
-    validations = [{"rule": rule.cel, "message": rule.message} for rule in rules_of(model)]
+    validations = [{"rule": rule.cel, "message": rule.message} for rule in rules_of(model) if rule.cel]
     if validations:
         schema["x-kubernetes-validations"] = validations
     for name, nested in nested_models(model).items():
@@ -134,7 +158,8 @@ def unchanged(name: str, always_there: bool) -> str:
 
 
 def for_api_server(schema: Schema) -> Schema:
-    """The dialect of apiextensions/v1: exclusive bounds are booleans, and a default holds no null."""
+    """The dialect of apiextensions/v1: exclusive bounds are booleans, a default holds no null, and what may be a whole
+    number or text has no type."""
     result: Schema = {}
     for key, value in schema.items():
         match key:
@@ -145,8 +170,10 @@ def for_api_server(schema: Schema) -> Schema:
                 result[key] = without_nulls(value)
             case "properties":
                 result[key] = {name: for_api_server(child) for name, child in value.items()}
-            case "items":
+            case "items" | "additionalProperties":
                 result[key] = for_api_server(value)
+            case "type" if schema.get("x-kubernetes-int-or-string"):
+                pass
             case _:
                 result[key] = value
     return result

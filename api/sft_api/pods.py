@@ -5,19 +5,47 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, StringConstraints
+from pydantic import BeforeValidator, ConfigDict, Field, StringConstraints
+from typing_extensions import TypedDict  # pydantic takes Python's own from 3.12 on
 
 from sft_api.base import ApiModel
 
-OBJECT_NAME_PATTERN = r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$"
+LABEL = r"[a-z0-9]([-a-z0-9]*[a-z0-9])?"
+"""Of a name in Kubernetes."""
+OBJECT_NAME_PATTERN = rf"^{LABEL}([.]{LABEL})*$"
 ENV_NAME_PATTERN = r"^[A-Za-z_][A-Za-z0-9_]*$"
+DATA_KEY_PATTERN = r"^[-._A-Za-z0-9]+$"
+IMAGE_PATTERN = r"^\S+$"
 QUANTITY_PATTERN = r"^[0-9]+(\.[0-9]+)?([eE][0-9]+|[numkMGTPE]|[KMGTPE]i)?$"
+MEMORY_PATTERN = r"^[1-9][0-9]*(\.[0-9]+)?([kMGTPE]|[KMGTPE]i)?$"
 LABEL_VALUE_PATTERN = r"^([A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?)?$"
+QUALIFIED_NAME_PATTERN = rf"^({LABEL}([.]{LABEL})*/)?[A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?$"
+
+
+def as_text(value: object) -> object:
+    """8 as "8": both are quantities."""
+    return str(value) if type(value) is int else value
+
 
 ObjectName = Annotated[str, StringConstraints(max_length=253, pattern=OBJECT_NAME_PATTERN)]
-Quantity = Annotated[str, StringConstraints(max_length=32, pattern=QUANTITY_PATTERN)]
+QueueName = Annotated[str, StringConstraints(max_length=63, pattern=OBJECT_NAME_PATTERN)]
+Quantity = Annotated[
+    str,
+    StringConstraints(max_length=32, pattern=QUANTITY_PATTERN),
+    Field(json_schema_extra={"x-kubernetes-int-or-string": True, "minimum": 0}),
+    BeforeValidator(as_text),
+]
+Memory = Annotated[
+    str,
+    StringConstraints(max_length=32, pattern=MEMORY_PATTERN),
+    Field(json_schema_extra={"x-kubernetes-int-or-string": True, "minimum": 1}),
+    BeforeValidator(as_text),
+]
 LabelValue = Annotated[str, StringConstraints(max_length=63, pattern=LABEL_VALUE_PATTERN)]
-Key = Annotated[str, StringConstraints(min_length=1, max_length=253)]
+Labels = Annotated[dict[str, LabelValue], Field(max_length=32)]
+TaintKey = Annotated[str, StringConstraints(max_length=317, pattern=QUALIFIED_NAME_PATTERN)]
+DataKey = Annotated[str, StringConstraints(max_length=253, pattern=DATA_KEY_PATTERN)]
+Image = Annotated[str, StringConstraints(max_length=512, pattern=IMAGE_PATTERN)]
 Amounts = Annotated[dict[str, Quantity], Field(max_length=32)]
 
 
@@ -36,7 +64,7 @@ class KeyRef(ApiModel):
 
     name: ObjectName
     """Name of the object."""
-    key: Key
+    key: DataKey
     """The key in it."""
 
 
@@ -53,7 +81,8 @@ class EnvVar(ApiModel):
     """An environment variable. Exactly one of value and valueFrom."""
 
     name: Annotated[str, StringConstraints(max_length=253, pattern=ENV_NAME_PATTERN)]
-    """Its name. Names that begin with SFT_ and those of the rendezvous (RANK, WORLD_SIZE, MASTER_ADDR, …) are ours."""
+    """Its name. Those by which the pods of a gang find each other (RANK, WORLD_SIZE, MASTER_ADDR, PET_…) and SFT_… are
+    ours."""
     value: Annotated[str, StringConstraints(max_length=32768)] | None = None
     """Its value."""
     value_from: EnvSource | None = None
@@ -63,7 +92,7 @@ class EnvVar(ApiModel):
 class Toleration(ApiModel):
     """As a pod's: a taint of nodes that the pods put up with."""
 
-    key: Annotated[str, StringConstraints(max_length=316)] | None = None
+    key: TaintKey | None = None
     """The taint's key; unset with operator Exists: every taint."""
     operator: Literal["Exists", "Equal"] = "Equal"
     """Whether the value counts."""
@@ -107,7 +136,7 @@ class Scheduling(ApiModel):
     """Who places all pods of the gang or none. Native: Kubernetes itself (1.37, feature gate GenericWorkload) with the
     chart's admission policy. Volcano, Coscheduling, Kueue, KAI: that scheduler, which must be installed. None: pod by
     pod. Auto: Native where the cluster has it, else None; status.conditions says which, and why."""
-    queue: Annotated[str, StringConstraints(min_length=1, max_length=253)] | None = None
+    queue: QueueName | None = None
     """The queue that the gang waits in, with Volcano, Kueue (a LocalQueue, required) or KAI. An error with the others,
     which have none."""
     priority_class_name: ObjectName | None = None
@@ -137,5 +166,26 @@ class Lifecycle(ApiModel):
     longest step, validation or export."""
 
 
-PodTemplate = Annotated[dict[str, Any], Field(json_schema_extra={"x-kubernetes-preserve-unknown-fields": True})]
-"""A pod template, or a part of one: Kubernetes checks it when the pods are made."""
+class PodMetadata(TypedDict, total=False):
+    """Labels and annotations of the pods."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", use_attribute_docstrings=True)  # type: ignore[misc]
+
+    labels: Labels
+    """Labels besides ours."""
+    annotations: Annotated[
+        dict[str, Annotated[str, StringConstraints(max_length=16384)]],
+        Field(max_length=32),
+    ]
+    """Annotations, for what else acts on pods."""
+
+
+class PodTemplate(TypedDict, total=False):
+    """A pod template, or a part of one, as a Pod has it."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", use_attribute_docstrings=True)  # type: ignore[misc]
+
+    metadata: PodMetadata
+    """Labels and annotations of the pods."""
+    spec: Annotated[dict[str, Any], Field(json_schema_extra={"x-kubernetes-preserve-unknown-fields": True})]
+    """Any field of a pod's spec; Kubernetes checks it when the pods are made."""

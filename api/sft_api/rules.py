@@ -1,19 +1,13 @@
-"""The rules across fields, each twice side by side: as CEL for an API server, and as a check with a better message.
-
-A check gets the object as the user wrote it (camelCase, nulls removed), which may be wrong in other ways too, so that
-all that is wrong with a manifest can be said at once. It yields the field to blame, relative to the object, and what
-is wrong. The CEL sees the object with the schema's defaults filled in. A test holds the two together.
-"""
+"""The rules across fields. Those of the training are here, those of pods and their scheduling in `pod_rules`."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
 
 from sft_api.base import ApiModel
+from sft_api.pod_rules import POD_RULES
 from sft_api.recipes import MAX_SEQUENCE_LENGTH
+from sft_api.rule import Given, Rule, Wrongs, count, elements, exactly_one, section
 from sft_api.spec import (
     ChatTemplate,
     CheckpointInterval,
@@ -26,59 +20,18 @@ from sft_api.spec import (
 )
 from sft_api.wording import listing
 
-Given = Mapping[str, Any]
-Wrongs = Iterator[tuple[str, str]]
-Check = Callable[[Given], Wrongs]
-
 RESERVED_PHASE_NAMES = ("validation",)
 """Names that mean something else where a phase's name stands, in metrics and events."""
-
-
-@dataclass(frozen=True)
-class Rule:
-    """One rule about objects of `model`."""
-
-    model: type[ApiModel]
-    cel: str
-    message: str
-    """What is allowed: the API server's message."""
-    check: Check
 
 
 def rules_of(model: type[ApiModel]) -> list[Rule]:
     return [rule for rule in RULES if rule.model is model]
 
 
-def section(given: Given, *path: str) -> Given:
-    """The mapping at `path`; an empty one where there is none."""
-    node: Any = given
-    for name in path:
-        node = node.get(name) if isinstance(node, Mapping) else None
-    return node if isinstance(node, Mapping) else {}
-
-
 def phases(given: Given) -> list[tuple[str, Given]]:
     """The phases that are mappings, each with its path."""
-    listed = given.get("phases")
-    elements = listed if isinstance(listed, list) else []
-    return [(f"phases[{index}]", phase) for index, phase in enumerate(elements) if isinstance(phase, Mapping)]
-
-
-def count(given: Given, name: str) -> int | None:
-    """A whole number, if that is what is given."""
-    value = given.get(name)
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
-
-
-def exactly_one(model: type[ApiModel], *names: str) -> Rule:
-    def check(given: Given) -> Wrongs:
-        present = [name for name in names if name in given]
-        if len(present) != 1:
-            what = f"gives {'both ' if len(present) == 2 else ''}{listing(present)}" if present else "gives none"
-            yield "", f"{what}; give exactly one of {listing(names)}"
-
-    total = " + ".join(f"(has(self.{name}) ? 1 : 0)" for name in names)
-    return Rule(model, f"{total} == 1", f"give exactly one of {listing(names)}", check)
+    found = enumerate(elements(given, "phases"))
+    return [(f"phases[{index}]", phase) for index, phase in found if isinstance(phase, dict)]
 
 
 def revision_is_of_the_hub(given: Given) -> Wrongs:
@@ -280,4 +233,5 @@ RULES: list[Rule] = [
         "in every phase, maxTokensPerGPU must be at least maxSequenceLength",
         a_sample_fits_in_every_phase,
     ),
+    *POD_RULES,
 ]

@@ -15,22 +15,24 @@ from sft_api.base import ApiModel
 from sft_api.pods import (
     Credentials,
     EnvVar,
-    LabelValue,
+    Image,
+    Labels,
     Lifecycle,
+    Memory,
     PodTemplate,
-    Quantity,
     Resources,
     Scheduling,
     Toleration,
 )
 
-URI_PATTERN = r"^(file://\S+|(s3|gs|az|hf)://[^/\s]+/\S+)$"
-MODEL_URI_PATTERN = r"^(file://\S+|(s3|gs|az)://[^/\s]+/\S+|hf://[^/@\s]+/[^/@\s]+)$"
+CLAIM = r"pvc://[a-z0-9]([-a-z0-9]{0,55}[a-z0-9])?"
+URI_PATTERN = rf"^(file://\S+|{CLAIM}/\S+|(s3|gs|az|hf)://[^/\s]+/\S+)$"
+MODEL_URI_PATTERN = rf"^(file://\S+|{CLAIM}(/\S*)?|(s3|gs|az)://[^/\s]+/\S+|hf://[^/@\s]+/[^/@\s]+)$"
 DATA_URI_PATTERN = (
-    r"^(file://|(s3|gs|az)://[^/\s]+/|hf://(datasets/)?[^/\s]+/[^/\s]+/)"
+    rf"^(file://|{CLAIM}/|(s3|gs|az)://[^/\s]+/|hf://(datasets/)?[^/\s]+/[^/\s]+/)"
     r"\S*(\.jsonl|\.jsonl\.gz|\.jsonl\.zst|\.parquet|[*?\]])$"
 )
-STORE_URI_PATTERN = r"^(file://[^\s*?\[]*[^\s*?\[/]/*|(s3|gs|az)://[^/\s*?\[]+(/[^\s*?\[]*)?)$"
+STORE_URI_PATTERN = rf"^(file://[^\s*?\[]*[^\s*?\[/]/*|{CLAIM}(/[^\s*?\[]*)?|(s3|gs|az)://[^/\s*?\[]+(/[^\s*?\[]*)?)$"
 NAME_PATTERN = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"
 
 Uri = Annotated[str, StringConstraints(max_length=1024, pattern=URI_PATTERN)]
@@ -122,7 +124,7 @@ class Model(ApiModel):
     """The model to fine-tune."""
 
     uri: ModelUri
-    """A Hugging Face model folder: hf://owner/name, s3://, gs://, az:// or file://."""
+    """A Hugging Face model folder: hf://owner/name, s3://, gs://, az://, file:// or pvc://claim/path."""
     revision: Annotated[str, StringConstraints(min_length=1, max_length=128)] | None = None
     """Branch, tag or commit of an hf:// model (unset: main). An error with any other scheme."""
     trust_remote_code: bool = False
@@ -136,7 +138,7 @@ class DataSource(ApiModel):
 
     uri: DataUri
     """One file, or a glob (`*`, `?`, `[…]`, `**`) of files: .jsonl, .jsonl.gz, .jsonl.zst or .parquet, at file://,
-    s3://, gs://, az:// or hf://datasets/owner/name/."""
+    s3://, gs://, az://, hf://datasets/owner/name/ or pvc://claim/."""
     format: DataFormat = DataFormat.MESSAGES
     """Messages: conversations in the field `messages`. Pretraining: documents in the field `text`."""
 
@@ -269,17 +271,22 @@ class Compute(ApiModel):
 class Trainer(Compute):
     """The machines and how they compute."""
 
-    image: Annotated[str, StringConstraints(min_length=1, max_length=512)] | None = None
+    image: Image | None = None
     """The trainer's image. Unset: the one that the operator was installed with."""
     resources: Resources = Resources()
     """Of each trainer pod, besides its GPUs."""
-    node_selector: Annotated[dict[str, LabelValue], Field(max_length=32)] = {}
+    node_selector: Labels = {}
     """Labels of the nodes that the trainer's pods may run on."""
     tolerations: Annotated[list[Toleration], Field(max_length=32)] = []
     """Taints that the trainer's pods put up with."""
-    env: Annotated[list[EnvVar], Field(max_length=128)] = []
+    env: Annotated[
+        list[EnvVar],
+        Field(
+            max_length=128, json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["name"]}
+        ),
+    ] = []
     """Environment variables of all pods of the job: NCCL settings, proxies, HF_TOKEN from a Secret."""
-    shared_memory: Quantity | None = None
+    shared_memory: Memory | None = None
     """Size of /dev/shm, which counts as memory of the pod. Unset: no limit but the pod's."""
     pod_template: PodTemplate = {}
     """Overrides for all pods of the job, merged into them last, lists by name: volumes, affinity, image pull secrets.
@@ -302,7 +309,8 @@ class Saving(ApiModel):
     """Where and how often the trainer saves."""
 
     uri: StoreUri
-    """Prefix in an object store, of this job alone."""
+    """Prefix in an object store, of this job alone; or pvc://claim/path: a folder on a PersistentVolumeClaim of the
+    job's namespace, in a cluster only."""
     every: CheckpointInterval = CheckpointInterval(steps=100)
     """How often to commit a checkpoint, besides at each phase's end and on SIGTERM: exactly one of steps, samples and
     minutes."""

@@ -5,18 +5,29 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 
-from sft_api import job, spec
+from sft_api import job, pods, spec
 from sft_api.schema import Schema
 
 PHRASES = {
-    spec.URI_PATTERN: "a URI: file://PATH, or s3://, gs:// or az:// with bucket and path, or hf://OWNER/NAME/PATH",
-    spec.MODEL_URI_PATTERN: "the URI of a model folder: hf://OWNER/NAME, file://PATH, or s3://, gs:// or az:// with "
-    "bucket and path",
+    spec.URI_PATTERN: "a URI: file://PATH, s3://, gs:// or az:// with bucket and path, hf://OWNER/NAME/PATH, or "
+    "pvc://CLAIM/PATH",
+    spec.MODEL_URI_PATTERN: "the URI of a model folder: hf://OWNER/NAME, file://PATH, s3://, gs:// or az:// with "
+    "bucket and path, or pvc://CLAIM/PATH",
     spec.DATA_URI_PATTERN: "the URI of a .jsonl, .jsonl.gz, .jsonl.zst or .parquet file, or a glob that ends in "
-    "*, ? or ]: file://PATH, s3://, gs:// or az:// with bucket and path, or hf://OWNER/NAME/PATH",
-    spec.STORE_URI_PATTERN: "the URI of a folder to write to: file://PATH, or s3://, gs:// or az:// with a bucket",
+    "*, ? or ]: file://PATH, s3://, gs:// or az:// with bucket and path, hf://OWNER/NAME/PATH, or pvc://CLAIM/PATH",
+    spec.STORE_URI_PATTERN: "the URI of a folder to write to: file://PATH, s3://, gs:// or az:// with a bucket, or "
+    "pvc://CLAIM/PATH",
     spec.NAME_PATTERN: "at most 40 lower-case letters, digits and hyphens, a hyphen neither first nor last",
     job.JOB_NAME_PATTERN: "at most 40 lower-case letters, digits and hyphens, first a letter, last no hyphen",
+    pods.OBJECT_NAME_PATTERN: "the name of an object: lower-case letters, digits, hyphens and dots",
+    pods.ENV_NAME_PATTERN: "letters, digits and underscores, first no digit",
+    pods.DATA_KEY_PATTERN: "letters, digits, hyphens, underscores and dots",
+    pods.IMAGE_PATTERN: "an image: REGISTRY/NAME:TAG",
+    pods.QUANTITY_PATTERN: 'a quantity: a whole number, or text such as "0.5", 500m or 64Gi',
+    pods.MEMORY_PATTERN: "an amount of memory: 16Gi, 512Mi, or bytes",
+    pods.LABEL_VALUE_PATTERN: "text of at most 63 letters, digits, hyphens, underscores and dots, first and last a "
+    "letter or digit",
+    pods.QUALIFIED_NAME_PATTERN: "NAME or DOMAIN/NAME",
 }
 """What a pattern asks for."""
 
@@ -64,7 +75,9 @@ def expected(schema: Schema) -> str:
             return f"a list{bounds(schema, 'minItems', 'maxItems', ' elements')}"
         case {"type": "object", "properties": _}:
             return f"a mapping with the fields {', '.join(allowed_fields(schema))}"
-    return "a mapping of text to text" if schema.get("type") == "object" else "another value"
+        case {"type": "object", "additionalProperties": values}:
+            return f"a mapping of text to {expected(values)}"
+    return "a mapping" if schema.get("type") == "object" else "another value"
 
 
 def bounds(schema: Schema, lower: str, upper: str, unit: str) -> str:
