@@ -11,6 +11,7 @@ export SFTJOB_CACHE ?= $(HOME)/.cache/sftjob
 export OMP_WAIT_POLICY ?= PASSIVE
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+CHART_CRD := charts/sftjob-operator/files/sftjobs.sftjob.dev.yaml
 
 help: ## Say what there is to make
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -29,11 +30,16 @@ check: $(INSTALLED) ## Formatting, lint, types, import contracts, generated file
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m sft_api.crd --check
+	$(BIN)/python -m sft_api.crd --check $(CHART_CRD)
 	$(BIN)/python -m sft_api.reference --check
 
-generate: $(INSTALLED) ## Write the files that are generated: crds/ and docs/api.md
+generate: $(INSTALLED) ## Write the files that are generated: crds/, the chart's copy, and docs/api.md
 	$(BIN)/python -m sft_api.crd
+	$(BIN)/python -m sft_api.crd $(CHART_CRD)
 	$(BIN)/python -m sft_api.reference
+
+images: ## Build the images of the operator and the trainer into build/images (IMAGES=operator builds one)
+	@scripts/images.sh $(IMAGES)
 
 constraints: $(INSTALLED) ## Pin the dependencies of pyproject.toml anew (keeps the pins that still fit)
 	@scripts/pin.sh
@@ -56,4 +62,4 @@ clean: ## Remove the environment, the caches and runs/quickstart
 $(INSTALLED): constraints.txt pyproject.toml scripts/setup.sh
 	@scripts/setup.sh
 
-.PHONY: help quickstart test check generate constraints cluster cluster-down tools venv clean
+.PHONY: help quickstart test check generate images constraints cluster cluster-down tools venv clean

@@ -72,6 +72,7 @@ make_base() {
   debian_sources | mmdebstrap --quiet --variant=minbase --mode=root --aptopt='APT::Install-Recommends "false"' \
     --dpkgopt='path-exclude=/usr/share/man/*' --dpkgopt='path-exclude=/usr/share/locale/*' \
     --dpkgopt='path-exclude=/usr/share/doc/*' --dpkgopt='path-include=/usr/share/doc/*/copyright' \
+    --customize-hook='rm -f "$1/etc/resolv.conf" "$1/etc/hostname"' \
     trixie "$work/base.tar" -
   container="$(in_store from scratch)"
   in_store add --quiet "$container" "$work/base.tar" / >/dev/null
