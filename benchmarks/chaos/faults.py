@@ -30,15 +30,16 @@ class Fault:
     """One way to disturb a run."""
 
     name: str
-    strike: Callable[[Attempt, random.Random], None]
+    strike: Callable[[Attempt, random.Random], bool]
+    """Do it; whether there was anything to do it to."""
     ends_with: frozenset[int] = frozenset()
     """The exit codes that the attempt may end with; empty: it goes on."""
     between_attempts: bool = False
     """It strikes what is in the store while no attempt runs."""
 
 
-def of(name: str, *ends_with: int, between_attempts: bool = False) -> Callable[[Callable[..., None]], Fault]:
-    def make(strike: Callable[[Attempt, random.Random], None]) -> Fault:
+def of(name: str, *ends_with: int, between_attempts: bool = False) -> Callable[[Callable[..., bool]], Fault]:
+    def make(strike: Callable[[Attempt, random.Random], bool]) -> Fault:
         return Fault(name, strike, frozenset(map(int, ends_with)), between_attempts)
 
     return make
@@ -48,98 +49,117 @@ def of(name: str, *ends_with: int, between_attempts: bool = False) -> Callable[[
 
 
 @of("kill -9 of one rank", KILLED)
-def kill_rank(attempt: Attempt, chance: random.Random) -> None:
-    if ranks := attempt.ranks():
+def kill_rank(attempt: Attempt, chance: random.Random) -> bool:
+    ranks = attempt.ranks()
+    if ranks:
         os.kill(chance.choice(ranks), signal.SIGKILL)
+    return bool(ranks)
 
 
 @of("kill -9 of all ranks", KILLED)
-def kill_ranks(attempt: Attempt, chance: random.Random) -> None:
-    for rank in attempt.ranks():
+def kill_ranks(attempt: Attempt, chance: random.Random) -> bool:
+    ranks = attempt.ranks()
+    for rank in ranks:
         os.kill(rank, signal.SIGKILL)
+    return bool(ranks)
 
 
 @of("kill -9 of the launcher and all ranks", -signal.SIGKILL)
-def kill_everything(attempt: Attempt, chance: random.Random) -> None:
+def kill_everything(attempt: Attempt, chance: random.Random) -> bool:
     ranks = attempt.ranks()
     attempt.process.kill()
     for rank in ranks:
         os.kill(rank, signal.SIGKILL)
+    return True
 
 
 @of("SIGTERM to the launcher", ExitCode.PREEMPTED)
-def stop(attempt: Attempt, chance: random.Random) -> None:
+def stop(attempt: Attempt, chance: random.Random) -> bool:
     attempt.process.terminate()
+    return True
 
 
 @of("SIGSTOP of one rank", ExitCode.HUNG)
-def freeze_rank(attempt: Attempt, chance: random.Random) -> None:
-    if ranks := attempt.ranks():
+def freeze_rank(attempt: Attempt, chance: random.Random) -> bool:
+    ranks = attempt.ranks()
+    if ranks:
         os.kill(chance.choice(ranks), signal.SIGSTOP)
+    return bool(ranks)
 
 
 # ── the store, passing ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def passing(name: str, how: Misbehaviour) -> Fault:
-    def strike(attempt: Attempt, chance: random.Random) -> None:
+    def strike(attempt: Attempt, chance: random.Random) -> bool:
         attempt.world.gateway.misbehave(how, chance.randint(1, TRANSIENT))
+        return True
 
     return Fault(name, strike)
 
 
 @of("the S3 server killed and started again")
-def restart_server(attempt: Attempt, chance: random.Random) -> None:
+def restart_server(attempt: Attempt, chance: random.Random) -> bool:
     attempt.world.server.kill()
     attempt.world.server.start()
+    return True
 
 
 # ── the store, for good ────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def lasting(name: str, how: Misbehaviour, *ends_with: int) -> Fault:
-    def strike(attempt: Attempt, chance: random.Random) -> None:
+    def strike(attempt: Attempt, chance: random.Random) -> bool:
         attempt.world.gateway.misbehave(how, 1_000_000)
+        return True
 
     return Fault(name, strike, frozenset(map(int, ends_with)))
 
 
 @of("a full disk under the staging area", ExitCode.STORE_REFUSED)
-def fill_staging(attempt: Attempt, chance: random.Random) -> None:
+def fill_staging(attempt: Attempt, chance: random.Random) -> bool:
     free = shutil.disk_usage(attempt.world.staging).free
     with (attempt.world.staging / "ballast").open("wb") as file:
         os.posix_fallocate(file.fileno(), 0, max(1, free - 16_384))
+    return True
 
 
 # ── what is in the store ───────────────────────────────────────────────────────────────────────────────────────────
 
 
 @of("a flipped byte in a shard", between_attempts=True)
-def flip_byte(attempt: Attempt, chance: random.Random) -> None:
-    if shard := a_shard(attempt, chance):
+def flip_byte(attempt: Attempt, chance: random.Random) -> bool:
+    shard = a_shard(attempt, chance)
+    if shard is not None:
         body = bytearray(shard.read_bytes())
         body[chance.randrange(len(body))] ^= 1 << chance.randrange(8)
         shard.write_bytes(bytes(body))
+    return shard is not None
 
 
 @of("a truncated shard", between_attempts=True)
-def truncate(attempt: Attempt, chance: random.Random) -> None:
-    if shard := a_shard(attempt, chance):
+def truncate(attempt: Attempt, chance: random.Random) -> bool:
+    shard = a_shard(attempt, chance)
+    if shard is not None:
         os.truncate(shard, chance.randrange(shard.stat().st_size))
+    return shard is not None
 
 
 @of("a missing shard", between_attempts=True)
-def remove_shard(attempt: Attempt, chance: random.Random) -> None:
-    if shard := a_shard(attempt, chance):
+def remove_shard(attempt: Attempt, chance: random.Random) -> bool:
+    shard = a_shard(attempt, chance)
+    if shard is not None:
         shard.unlink()
+    return shard is not None
 
 
 @of("a manifest of another checkpoint", between_attempts=True)
-def swap_manifest(attempt: Attempt, chance: random.Random) -> None:
+def swap_manifest(attempt: Attempt, chance: random.Random) -> bool:
     newest = newest_checkpoint(attempt)
     if newest is not None:
         manifest = newest / "MANIFEST.json"
         manifest.write_text(manifest.read_text().replace('"step": ', '"step": 1'))
+    return newest is not None
 
 
 def newest_checkpoint(attempt: Attempt) -> Path | None:
@@ -150,7 +170,8 @@ def newest_checkpoint(attempt: Attempt) -> Path | None:
 
 def a_shard(attempt: Attempt, chance: random.Random) -> Path | None:
     newest = newest_checkpoint(attempt)
-    return chance.choice(sorted(newest.glob("*.safetensors"))) if newest is not None else None
+    shards = [file for file in sorted(newest.glob("*.safetensors")) if file.stat().st_size] if newest else []
+    return chance.choice(shards) if shards else None
 
 
 FAULTS: Mapping[str, Fault] = {

@@ -144,6 +144,10 @@ class Log:
     def faults(self) -> int:
         return sum(self.struck.values())
 
+    def add(self, fault: Fault, when: str) -> None:
+        self.struck[fault.name] += 1
+        self.instants.append({"fault": fault.name, "attempt": self.attempts, "when": when})
+
 
 def disturb(world: World, faults: int, chance: random.Random, names: list[str], log_file: Path) -> Log:
     """Run until complete, struck by `faults` faults of those named, in an order and at instants drawn from `chance`."""
@@ -187,9 +191,8 @@ def draw_between_attempts(
             return fault
         nobody = Attempt(world, subprocess.Popen(["true"], stdout=subprocess.PIPE, text=True))
         nobody.process.wait()
-        fault.strike(nobody, chance)
-        log.struck[fault.name] += 1
-        log.instants.append({"fault": fault.name, "attempt": log.attempts, "when": "between attempts"})
+        if fault.strike(nobody, chance):
+            log.add(fault, "between attempts")
     return None
 
 
@@ -228,11 +231,11 @@ class Strikes:
             fault, self.fault = self.fault, None
             if fault is None or self.attempt.process.poll() is not None or self.log.faults >= self.faults:
                 return
-            fault.strike(self.attempt, self.chance)
-            self.last = fault
-            self.log.struck[fault.name] += 1
-            self.log.instants.append({"fault": fault.name, "attempt": self.log.attempts, "when": when})
-            if not fault.ends_with:
+            struck = fault.strike(self.attempt, self.chance)
+            if struck:
+                self.last = fault
+                self.log.add(fault, when)
+            if not (struck and fault.ends_with):
                 self.fault = next_that_runs(self.deck) if self.log.faults < self.faults else None
                 self.arm()
 
