@@ -18,7 +18,7 @@ OUR_NAMES = (
     *("MASTER_ADDR", "MASTER_PORT"),
 )
 """Environment variables by which the ranks of a gang find each other."""
-OURS = f"{listing(OUR_NAMES)} and names that begin with {listing(OUR_PREFIXES, 'or')} are ours"
+OURS = f"names that begin with {listing(OUR_PREFIXES, 'or')} are ours, and so are {listing(OUR_NAMES)}"
 OUR_LABELS = ("sftjob.dev/", "training.kubeflow.org/")
 QUEUED = ("Volcano", "Kueue", "KAI")
 """The gang schedulers that have queues."""
@@ -224,8 +224,12 @@ POD_RULES: list[Rule] = [
         f"podTemplate: labels that begin with {listing(OUR_LABELS, 'or')} are ours",
         labels_are_not_ours,
     ),
-    # The list is a map by name: an API server takes no name twice anyway.
-    Rule(Trainer, None, "env: each name once", env_names_are_unique),
+    Rule(
+        Trainer,
+        "self.env.all(p, self.env.exists_one(q, q.name == p.name))",
+        "names in env must be unique",
+        env_names_are_unique,
+    ),
     Rule(
         Trainer,
         None,

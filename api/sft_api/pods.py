@@ -108,7 +108,7 @@ class Resources(ApiModel):
     """As a container's. The GPUs come from gpusPerNode."""
 
     requests: Amounts = {}
-    """What a pod is sure to get: {cpu: "8", memory: 64Gi}."""
+    """What a pod is sure to get: {cpu: 8, memory: 64Gi}."""
     limits: Amounts = {}
     """What a pod may not exceed."""
 
@@ -117,7 +117,7 @@ class SecretRef(ApiModel):
     """A Secret in the job's namespace."""
 
     name: ObjectName
-    """Its name. Each of its keys becomes an environment variable: AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL, …"""
+    """Its name. Each of its keys becomes an environment variable: AWS_ACCESS_KEY_ID, AWS_ENDPOINT_URL and so on."""
 
 
 class Credentials(ApiModel):

@@ -76,17 +76,25 @@ TYPES = {
 def type_of(schema: Schema) -> str:
     if schema["type"] == "array":
         return f"list of {type_of(schema['items'])}"
+    if schema.get("x-kubernetes-int-or-string"):
+        return "whole number or text"
     return "time" if schema.get("format") == "date-time" else TYPES[schema["type"]]
 
 
 def default_of(schema: Schema) -> str:
     """The schema's default; nothing where it is empty, for then its fields have defaults of their own."""
-    default = without_nulls(schema.get("default"))
-    return "" if default in (None, {}, []) else f"`{default if isinstance(default, str) else json.dumps(default)}`"
+    default = without_nothings(schema.get("default"))
+    return "" if default in NOTHINGS else f"`{default if isinstance(default, str) else json.dumps(default)}`"
 
 
-def without_nulls(value: Any) -> Any:
-    return {key: child for key, child in value.items() if child is not None} if isinstance(value, dict) else value
+NOTHINGS = (None, {}, [])
+
+
+def without_nothings(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    children = {key: without_nothings(child) for key, child in value.items()}
+    return {key: child for key, child in children.items() if child not in NOTHINGS}
 
 
 def allowed(schema: Schema) -> str:
@@ -133,8 +141,14 @@ def warmup_text(warmup: Warmup) -> str:
 def rule_list() -> str:
     """The rules across fields."""
     places = {model: path for path, model in model_places("", SFTJob)}
-    lines = ["## Rules across fields", ""]
-    lines.extend(f"- `{places[rule.model]}`: {rule.message}" for rule in RULES)
+    lines = [
+        "## Rules across fields",
+        "",
+        "An API server refuses what breaks them, except those marked †: it cannot see what they are about, and so the",
+        "operator says it in a condition of the job. `sft validate` says all of them.",
+        "",
+    ]
+    lines.extend(f"- `{places[rule.model]}`{'' if rule.cel else '†'}: {rule.message}" for rule in RULES)
     return "\n".join(lines) + "\n"
 
 

@@ -76,7 +76,8 @@ def expected(schema: Schema) -> str:
         case {"type": "object", "properties": _}:
             return f"a mapping with the fields {', '.join(allowed_fields(schema))}"
         case {"type": "object", "additionalProperties": values}:
-            return f"a mapping of text to {expected(values)}"
+            most = schema.get("maxProperties")
+            return f"a mapping of text to {expected(values)}{f'; at most {most} of them' if most else ''}"
     return "a mapping" if schema.get("type") == "object" else "another value"
 
 

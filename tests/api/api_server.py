@@ -18,8 +18,9 @@ CEL = celpy.Environment()  # made once: it raises Python's recursion limit, whic
 KNOWN = {
     *("type", "description", "properties", "required", "items", "enum", "pattern", "format", "default"),
     *("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"),
-    *("minLength", "maxLength", "minItems", "maxItems"),
+    *("minLength", "maxLength", "minItems", "maxItems", "additionalProperties", "maxProperties"),
     *("x-kubernetes-validations", "x-kubernetes-list-type", "x-kubernetes-list-map-keys"),
+    *("x-kubernetes-int-or-string", "x-kubernetes-preserve-unknown-fields"),
 }
 TYPES: dict[str, tuple[type, ...]] = {
     "object": (dict,),
@@ -72,21 +73,19 @@ def with_defaults(schema: dict[str, Any], node: Any) -> Any:
 
 def schema_refusals(schema: dict[str, Any], node: Any, path: str) -> Iterator[str]:
     assert set(schema) <= KNOWN, f"{path}: {set(schema) - KNOWN} is not modelled"
-    kinds = TYPES[schema["type"]]
+    kinds = (int, str) if schema.get("x-kubernetes-int-or-string") else TYPES[schema["type"]]
     if not isinstance(node, kinds) or (isinstance(node, bool) and bool not in kinds):
-        yield f"{path}: must be of type {schema['type']}"
+        yield f"{path}: must be of type {schema.get('type', 'integer or string')}"
         return
     if "enum" in schema and node not in schema["enum"]:
         yield f"{path}: supported values: {schema['enum']}"
     if isinstance(node, str):
         yield from string_refusals(schema, node, path)
-    elif isinstance(node, dict) and "properties" in schema:
+    elif isinstance(node, dict):
         yield from object_refusals(schema, node, path)
     elif isinstance(node, list):
-        yield from outside(len(node), schema.get("minItems"), schema.get("maxItems"), path)
-        for index, element in enumerate(node):
-            yield from schema_refusals(schema["items"], element, f"{path}[{index}]")
-    elif schema["type"] in ("integer", "number"):
+        yield from list_refusals(schema, node, path)
+    elif not isinstance(node, bool):
         yield from number_refusals(schema, node, path)
 
 
@@ -98,11 +97,26 @@ def string_refusals(schema: dict[str, Any], text: str, path: str) -> Iterator[st
 
 def object_refusals(schema: dict[str, Any], node: dict[str, Any], path: str) -> Iterator[str]:
     yield from (f"{path}.{name}: required" for name in schema.get("required", []) if name not in node)
+    yield from outside(len(node), None, schema.get("maxProperties"), path)
     for name, value in node.items():
-        if name in schema["properties"]:
-            yield from schema_refusals(schema["properties"][name], value, f"{path}.{name}")
-        else:
+        child = schema.get("properties", {}).get(name, schema.get("additionalProperties"))
+        if child is not None:
+            yield from schema_refusals(child, value, f"{path}.{name}")
+        elif path != ".metadata" and not schema.get("x-kubernetes-preserve-unknown-fields"):
             yield f"{path}.{name}: unknown field"  # kubectl asks for strict validation
+
+
+def list_refusals(schema: dict[str, Any], node: list[Any], path: str) -> Iterator[str]:
+    yield from outside(len(node), schema.get("minItems"), schema.get("maxItems"), path)
+    for index, element in enumerate(node):
+        yield from schema_refusals(schema["items"], element, f"{path}[{index}]")
+    if schema.get("x-kubernetes-list-type") == "map":
+        keys = [[element.get(key) for key in schema["x-kubernetes-list-map-keys"]] for element in mappings(node)]
+        yield from (f"{path}: duplicate value: {key}" for index, key in enumerate(keys) if key in keys[:index])
+
+
+def mappings(node: list[Any]) -> list[dict[str, Any]]:
+    return [element for element in node if isinstance(element, dict)]
 
 
 def number_refusals(schema: dict[str, Any], number: float, path: str) -> Iterator[str]:

@@ -9,10 +9,27 @@ from tests.api.jobs import GONE
 NAME = "at most 40 lower-case letters, digits and hyphens"
 DATA_URI = (
     "the URI of a .jsonl, .jsonl.gz, .jsonl.zst or .parquet file, or a glob that ends in *, ? or ]: "
-    "file://PATH, s3://, gs:// or az:// with bucket and path, or hf://OWNER/NAME/PATH"
+    "file://PATH, s3://, gs:// or az:// with bucket and path, hf://OWNER/NAME/PATH, or pvc://CLAIM/PATH"
 )
-MODEL_URI = "the URI of a model folder: hf://OWNER/NAME, file://PATH, or s3://, gs:// or az:// with bucket and path"
-STORE_URI = "the URI of a folder to write to: file://PATH, or s3://, gs:// or az:// with a bucket"
+MODEL_URI = (
+    "the URI of a model folder: hf://OWNER/NAME, file://PATH, s3://, gs:// or az:// with bucket and path, "
+    "or pvc://CLAIM/PATH"
+)
+STORE_URI = "the URI of a folder to write to: file://PATH, s3://, gs:// or az:// with a bucket, or pvc://CLAIM/PATH"
+SPEC_FIELDS = (
+    "model (required), recipe, strategy, phases (required), epochs, validation, batch, optimizer, trainer, "
+    "preparedData, checkpoints (required), scheduling, lifecycle, suspend, seed"
+)
+TRAINER_FIELDS = (
+    "nodes, gpusPerNode, zeroStage, attention, activationCheckpointing, precision, image, resources, nodeSelector, "
+    "tolerations, env, sharedMemory, podTemplate"
+)
+OURS = (
+    "names that begin with SFT_ or PET_ are ours, and so are RANK, LOCAL_RANK, GROUP_RANK, WORLD_SIZE, "
+    "LOCAL_WORLD_SIZE, LOCAL_SIZE, MASTER_ADDR and MASTER_PORT"
+)
+QUANTITY = 'a quantity: a whole number, or text such as "0.5", 500m or 64Gi'
+OBJECT = "the name of an object: lower-case letters, digits, hyphens and dots"
 BATCH_FIELDS = "effectiveBatchSize, maxTokensPerGPU, maxSequenceLength, overlong, packing"
 FIT = "a sample has to fit into one micro-batch; raise maxTokensPerGPU or lower maxSequenceLength"
 STACKED = "cannot be obeyed under strategy Stacked (the default), which trains on the data of all phases as one"
@@ -179,9 +196,7 @@ BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
     "typo": (
         {"spec.epoch": 3},
         [
-            "spec.epoch: is no field of spec; did you mean epochs? allowed: model (required), recipe, strategy, "
-            "phases (required), epochs, validation, batch, optimizer, trainer, preparedData, checkpoints (required), "
-            "seed"
+            f"spec.epoch: is no field of spec; did you mean epochs? allowed: {SPEC_FIELDS}",
         ],
     ),
     "typo in a list": (
@@ -196,8 +211,7 @@ BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"spec.trainer.effectiveBatchSize": 64},
         [
             "spec.trainer.effectiveBatchSize: is no field of spec.trainer; did you mean spec.batch.effectiveBatchSize "
-            "or spec.phases[…].batch.effectiveBatchSize? allowed: nodes, gpusPerNode, zeroStage, attention, "
-            "activationCheckpointing, precision"
+            f"or spec.phases[…].batch.effectiveBatchSize? allowed: {TRAINER_FIELDS}"
         ],
     ),
     "field in another spelling": (
@@ -205,13 +219,6 @@ BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
         [
             "spec.batch.max_sequence_length: is no field of spec.batch; did you mean maxSequenceLength? "
             f"allowed: {BATCH_FIELDS}"
-        ],
-    ),
-    "a field of a later version": (
-        {"spec.lifecycle": {"maxRestarts": 3}},
-        [
-            "spec.lifecycle: is no field of spec; allowed: model (required), recipe, strategy, phases (required), "
-            "epochs, validation, batch, optimizer, trainer, preparedData, checkpoints (required), seed"
         ],
     ),
     "zero epochs": (
@@ -354,6 +361,210 @@ BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"spec.trainer": {"zeroStage": 0}},
         ["spec.trainer.zeroStage: 0 is not allowed; allowed: a whole number from 1 to 3"],
     ),
+    "a claim whose name is none": (
+        {"spec.checkpoints.uri": "pvc://Lab_Runs/granite"},
+        [f'spec.checkpoints.uri: "pvc://Lab_Runs/granite" is not allowed; allowed: {STORE_URI}'],
+    ),
+    "data in a claim that is not a data file": (
+        {"spec.phases[0].data[0].uri": "pvc://lab-data"},
+        [f'spec.phases[0].data[0].uri: "pvc://lab-data" is not allowed; allowed: {DATA_URI}'],
+    ),
+    "an image with a blank": (
+        {"spec.trainer": {"image": "registry/sft trainer"}},
+        ['spec.trainer.image: "registry/sft trainer" is not allowed; allowed: an image: REGISTRY/NAME:TAG'],
+    ),
+    "a quantity in other letters": (
+        {"spec.trainer": {"resources": {"requests": {"memory": "64GB"}}}},
+        [f'spec.trainer.resources.requests.memory: "64GB" is not allowed; allowed: {QUANTITY}'],
+    ),
+    "half a CPU as a number": (
+        {"spec.trainer": {"resources": {"limits": {"cpu": 0.5}}}},
+        [f"spec.trainer.resources.limits.cpu: 0.5 is not allowed; allowed: {QUANTITY}"],
+    ),
+    "less than no memory": (
+        {"spec.trainer": {"resources": {"limits": {"memory": -1}}}},
+        [f'spec.trainer.resources.limits.memory: "-1" is not allowed; allowed: {QUANTITY}'],
+    ),
+    "a resource that is a yes": (
+        {"spec.trainer": {"resources": {"limits": {"cpu": True}}}},
+        [f"spec.trainer.resources.limits.cpu: true is not allowed; allowed: {QUANTITY}"],
+    ),
+    "a resource that is none": (
+        {"spec.trainer": {"resources": {"requests": {"mem": "64Gi"}}}},
+        [
+            "spec.trainer.resources.requests.mem: is no resource; allowed: cpu, memory, ephemeral-storage, "
+            "hugepages-SIZE or DOMAIN/NAME"
+        ],
+    ),
+    "GPUs among the resources": (
+        {"spec.trainer": {"resources": {"limits": {"nvidia.com/gpu": 8}}}},
+        ["spec.trainer.resources.limits.nvidia.com/gpu: cannot be set: spec.trainer.gpusPerNode says it"],
+    ),
+    "33 resources": (
+        {"spec.trainer": {"resources": {"limits": {f"lab.dev/x{number}": 1 for number in range(33)}}}},
+        [
+            "spec.trainer.resources.limits: a mapping (lab.dev/x0, lab.dev/x1, lab.dev/x2, …) is not allowed; "
+            f"allowed: a mapping of text to {QUANTITY}; at most 32 of them"
+        ],
+    ),
+    "no shared memory": (
+        {"spec.trainer": {"sharedMemory": 0}},
+        ['spec.trainer.sharedMemory: "0" is not allowed; allowed: an amount of memory: 16Gi, 512Mi, or bytes'],
+    ),
+    "nodes by a label that is none": (
+        {"spec.trainer": {"nodeSelector": {"lab.dev/": "a", "zone": "a"}}},
+        ["spec.trainer.nodeSelector.lab.dev/: is no label; allowed: NAME or DOMAIN/NAME"],
+    ),
+    "nodes by a number": (
+        {"spec.trainer": {"nodeSelector": {"rack": 7}}},
+        [
+            "spec.trainer.nodeSelector.rack: 7 is not allowed; allowed: text of at most 63 letters, digits, hyphens, "
+            "underscores and dots, first and last a letter or digit"
+        ],
+    ),
+    "a taint that exists and has a value": (
+        {"spec.trainer": {"tolerations": [{"key": "gpu", "operator": "Exists", "value": "yes"}]}},
+        ["spec.trainer.tolerations[0].value: is allowed only with operator Equal; Exists takes every value"],
+    ),
+    "a taint without a key": (
+        {"spec.trainer": {"tolerations": [{"effect": "NoSchedule"}]}},
+        [
+            "spec.trainer.tolerations[0].key: is required with operator Equal; without it, operator: Exists puts up "
+            "with every taint"
+        ],
+    ),
+    "seconds on a node that no pod has to leave": (
+        {"spec.trainer": {"tolerations": [{"key": "gpu", "effect": "NoSchedule", "tolerationSeconds": 60}]}},
+        [
+            "spec.trainer.tolerations[0].tolerationSeconds: is allowed only with effect NoExecute, the one that makes "
+            "pods leave"
+        ],
+    ),
+    "a variable with a hyphen": (
+        {"spec.trainer": {"env": [{"name": "NCCL-DEBUG", "value": "INFO"}]}},
+        [
+            'spec.trainer.env[0].name: "NCCL-DEBUG" is not allowed; allowed: letters, digits and underscores, '
+            "first no digit"
+        ],
+    ),
+    "variables that are ours": (
+        {"spec.trainer": {"env": [{"name": "WORLD_SIZE", "value": "2"}, {"name": "SFT_X", "value": ""}]}},
+        [
+            f"spec.trainer.env[0].name: WORLD_SIZE cannot be set: {OURS}",
+            f"spec.trainer.env[1].name: SFT_X cannot be set: {OURS}",
+        ],
+    ),
+    "a variable without a value": (
+        {"spec.trainer": {"env": [{"name": "A"}]}},
+        ["spec.trainer.env[0]: gives none; give exactly one of value and valueFrom"],
+    ),
+    "a variable with two values": (
+        {
+            "spec.trainer": {
+                "env": [{"name": "A", "value": "x", "valueFrom": {"secretKeyRef": {"name": "hub", "key": "token"}}}]
+            }
+        },
+        ["spec.trainer.env[0]: gives both value and valueFrom; give exactly one of value and valueFrom"],
+    ),
+    "a variable from nowhere": (
+        {"spec.trainer": {"env": [{"name": "A", "valueFrom": {}}]}},
+        [
+            "spec.trainer.env[0].valueFrom: gives none; give exactly one of secretKeyRef and configMapKeyRef",
+        ],
+    ),
+    "one variable twice": (
+        {
+            "spec.trainer": {
+                "env": [{"name": "A", "value": "x"}, {"name": "B", "value": "x"}, {"name": "A", "value": ""}]
+            }
+        },
+        ["spec.trainer.env[2].name: A is already the name of env[0]; give each name once"],
+    ),
+    "a key that no Secret has": (
+        {"spec.trainer": {"env": [{"name": "A", "valueFrom": {"secretKeyRef": {"name": "hub", "key": "a/b"}}}]}},
+        [
+            'spec.trainer.env[0].valueFrom.secretKeyRef.key: "a/b" is not allowed; '
+            "allowed: letters, digits, hyphens, underscores and dots"
+        ],
+    ),
+    "containers beside the spec of a pod": (
+        {"spec.trainer": {"podTemplate": {"containers": []}}},
+        [
+            "spec.trainer.podTemplate.containers: is no field of spec.trainer.podTemplate; allowed: metadata, spec",
+        ],
+    ),
+    "a name for every pod": (
+        {"spec.trainer": {"podTemplate": {"metadata": {"name": "trainer"}}}},
+        [
+            "spec.trainer.podTemplate.metadata.name: is no field of spec.trainer.podTemplate.metadata; "
+            "did you mean spec.phases[…].name or spec.trainer.env[…].name? allowed: labels, annotations"
+        ],
+    ),
+    "labels of ours": (
+        {"spec.trainer": {"podTemplate": {"metadata": {"labels": {"sftjob.dev/job": "x", "team": "lab"}}}}},
+        [
+            "spec.trainer.podTemplate.metadata.labels.sftjob.dev/job: cannot be set: the operator finds its pods by it",
+        ],
+    ),
+    "an annotation that is no text": (
+        {"spec.trainer": {"podTemplate": {"metadata": {"annotations": {"note": 5}}}}},
+        [
+            "spec.trainer.podTemplate.metadata.annotations.note: 5 is not allowed; "
+            "allowed: text of at most 16384 characters"
+        ],
+    ),
+    "credentials in two ways": (
+        {"spec.checkpoints.credentials": {"secretRef": {"name": "lab-s3"}, "serviceAccountName": "lab"}},
+        [
+            "spec.checkpoints.credentials: gives both secretRef and serviceAccountName; "
+            "give exactly one of secretRef and serviceAccountName"
+        ],
+    ),
+    "credentials that are none": (
+        {"spec.checkpoints.credentials": {}},
+        ["spec.checkpoints.credentials: gives none; give exactly one of secretRef and serviceAccountName"],
+    ),
+    "a Secret whose name is none": (
+        {"spec.checkpoints.credentials": {"secretRef": {"name": "Lab..S3"}}},
+        [f'spec.checkpoints.credentials.secretRef.name: "Lab..S3" is not allowed; allowed: {OBJECT}'],
+    ),
+    "a gang in lower case": (
+        {"spec.scheduling": {"gang": "volcano"}},
+        [
+            'spec.scheduling.gang: "volcano" is not allowed; allowed: Auto, Native, Volcano, Coscheduling, Kueue, KAI, '
+            "None; did you mean Volcano?"
+        ],
+    ),
+    "Kueue without a queue": (
+        {"spec.scheduling": {"gang": "Kueue"}},
+        ["spec.scheduling.queue: is required with gang Kueue: the name of a LocalQueue in the job's namespace"],
+    ),
+    "a queue that nobody has": (
+        {"spec.scheduling": {"queue": "lab"}},
+        [
+            "spec.scheduling.queue: cannot be obeyed with gang Auto (the default); allowed with Volcano, Kueue or KAI",
+        ],
+    ),
+    "a queue of Kubernetes itself": (
+        {"spec.scheduling": {"gang": "Native", "queue": "lab"}},
+        ["spec.scheduling.queue: cannot be obeyed with gang Native; allowed with Volcano, Kueue or KAI"],
+    ),
+    "no time to be scheduled": (
+        {"spec.scheduling": {"timeoutSeconds": 0}},
+        ["spec.scheduling.timeoutSeconds: 0 is not allowed; allowed: a whole number from 1 to 10000000"],
+    ),
+    "no time for a step": (
+        {"spec.lifecycle": {"hangTimeoutSeconds": 1}},
+        ["spec.lifecycle.hangTimeoutSeconds: 1 is not allowed; allowed: a whole number from 10 to 1000000"],
+    ),
+    "less than no restarts": (
+        {"spec.lifecycle": {"maxRestarts": -1}},
+        ["spec.lifecycle.maxRestarts: -1 is not allowed; allowed: a whole number from 0 to 10000"],
+    ),
+    "suspended in quotes": (
+        {"spec.suspend": "true"},
+        ['spec.suspend: "true" is not allowed; allowed: true or false; write it without quotes'],
+    ),
     "many things at once": (
         {"spec.recipe": "LABB", "spec.seed": -1, "spec.phases[1].name": "instruct", "spec.validation": {}},
         [
@@ -364,6 +575,83 @@ BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
         ],
     ),
 }
+
+UNSEEN: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "a restart policy for the pods of a gang": (
+        {"spec.trainer": {"podTemplate": {"spec": {"restartPolicy": "Always"}}}},
+        [
+            "spec.trainer.podTemplate.spec.restartPolicy: cannot be set: a gang is restarted whole, by the operator; "
+            "spec.lifecycle says how often"
+        ],
+    ),
+    "another group for the pods of a gang": (
+        {"spec.trainer": {"podTemplate": {"spec": {"schedulingGroup": {"podGroupName": "x"}}}}},
+        [
+            "spec.trainer.podTemplate.spec.schedulingGroup: cannot be set: spec.scheduling.gang says who places the "
+            "pods together"
+        ],
+    ),
+    "one host name for all": (
+        {"spec.trainer": {"podTemplate": {"spec": {"hostname": "a", "subdomain": "b"}}}},
+        [
+            f"spec.trainer.podTemplate.spec.{name}: cannot be set: the pods of a gang find each other by the names "
+            "they are given"
+            for name in ("hostname", "subdomain")
+        ],
+    ),
+    "containers that are none": (
+        {"spec.trainer": {"podTemplate": {"spec": {"containers": {"name": "pytorch"}}}}},
+        ["spec.trainer.podTemplate.spec.containers: a mapping (name) is not allowed; allowed: a list"],
+    ),
+    "containers without names": (
+        {"spec.trainer": {"podTemplate": {"spec": {"containers": [{"image": "x"}], "initContainers": ["x"]}}}},
+        [
+            f"spec.trainer.podTemplate.spec.{kind}[0].name: is required and missing: by it the {kind} are merged into "
+            "ours"
+            for kind in ("containers", "initContainers")
+        ],
+    ),
+    "another program in the trainer's container": (
+        {
+            "spec.trainer": {
+                "podTemplate": {
+                    "spec": {"containers": [{"name": "pytorch", "command": ["sh"], "args": ["-c"], "image": "busybox"}]}
+                }
+            }
+        },
+        [
+            "spec.trainer.podTemplate.spec.containers[0].command: cannot be set: what the container runs is ours",
+            "spec.trainer.podTemplate.spec.containers[0].args: cannot be set: what the container runs is ours",
+            "spec.trainer.podTemplate.spec.containers[0].image: cannot be set: spec.trainer.image says it",
+        ],
+    ),
+    "variables of ours in the trainer's container": (
+        {
+            "spec.trainer": {
+                "podTemplate": {
+                    "spec": {
+                        "containers": [
+                            {"name": "proxy", "env": [{"name": "RANK", "value": "1"}]},
+                            {
+                                "name": "pytorch",
+                                "env": [{"name": "RANK", "value": "1"}, {"value": "x"}],
+                                "volumeMounts": [{"name": "data"}],
+                            },
+                        ]
+                    }
+                }
+            }
+        },
+        [
+            "spec.trainer.podTemplate.spec.containers[1].volumeMounts[0].mountPath: is required and missing: by it the "
+            "volumeMounts are merged into ours",
+            "spec.trainer.podTemplate.spec.containers[1].env[1].name: is required and missing: by it the env are "
+            "merged into ours",
+            f"spec.trainer.podTemplate.spec.containers[1].env[0].name: RANK cannot be set: {OURS}",
+        ],
+    ),
+}
+"""What an API server cannot see: there the operator says it, in a condition."""
 
 GOOD: dict[str, dict[str, Any]] = {
     "smallest": {},
@@ -429,4 +717,79 @@ GOOD: dict[str, dict[str, Any]] = {
     "a bucket of its own": {"spec.checkpoints.uri": "s3://granite", "spec.preparedData": {"uri": "s3://prepared/"}},
     "a micro-batch of one sample": {"spec.batch": {"maxTokensPerGPU": 512, "maxSequenceLength": 512}},
     "CPU": {"spec.trainer": {"gpusPerNode": 0, "precision": "FP32", "attention": "SDPA", "zeroStage": 2}},
+    "a folder on a claim for everything": {
+        "spec.model": {"uri": "pvc://models/granite", "chatTemplate": {"uri": "pvc://models/t.jinja"}},
+        "spec.phases[0].data[0].uri": "pvc://lab-data/**/*.parquet",
+        "spec.validation": {"uri": "pvc://lab-data/held-out.jsonl"},
+        "spec.checkpoints.uri": "pvc://runs",
+        "spec.preparedData": {"uri": "pvc://runs/prepared/"},
+    },
+    "a model that is a whole claim": {"spec.model.uri": "pvc://granite"},
+    "resources in numbers and in words": {
+        "spec.trainer": {
+            "nodes": 2,
+            "image": "registry.lab:5000/sft-trainer@sha256:0f",
+            "resources": {
+                "requests": {"cpu": 8, "memory": "64Gi", "ephemeral-storage": "1.5e3"},
+                "limits": {"hugepages-2Mi": "512Mi", "rdma/hca": 1, "cpu": "500m"},
+            },
+            "sharedMemory": "16Gi",
+            "nodeSelector": {"nvidia.com/gpu.product": "H200", "zone": ""},
+        }
+    },
+    "shared memory in bytes": {"spec.trainer": {"sharedMemory": 68719476736}},
+    "taints of all kinds": {
+        "spec.trainer": {
+            "tolerations": [
+                {"operator": "Exists"},
+                {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"},
+                {"key": "spot", "value": "true", "effect": "NoExecute", "tolerationSeconds": 0},
+            ]
+        }
+    },
+    "variables of all kinds": {
+        "spec.trainer": {
+            "env": [
+                {"name": "NCCL_DEBUG", "value": "INFO"},
+                {"name": "EMPTY", "value": ""},
+                {"name": "HF_TOKEN", "valueFrom": {"secretKeyRef": {"name": "hub", "key": "token"}}},
+                {"name": "https_proxy", "valueFrom": {"configMapKeyRef": {"name": "proxy", "key": "url"}}},
+            ]
+        }
+    },
+    "a pod's own": {
+        "spec.trainer": {
+            "podTemplate": {
+                "metadata": {"labels": {"team": "lab"}, "annotations": {"note": "two words"}},
+                "spec": {
+                    "imagePullSecrets": [{"name": "registry"}],
+                    "containers": [
+                        {
+                            "name": "pytorch",
+                            "env": [{"name": "NODE", "valueFrom": {"fieldRef": {"fieldPath": "spec.nodeName"}}}],
+                            "volumeMounts": [{"name": "scratch", "mountPath": "/scratch"}],
+                        },
+                        {"name": "proxy", "image": "proxy", "command": ["proxy"]},
+                    ],
+                    "volumes": [{"name": "scratch", "emptyDir": {}}],
+                },
+            }
+        }
+    },
+    "nothing of a pod's own": {"spec.trainer": {"podTemplate": {}, "resources": {}, "env": [], "tolerations": []}},
+    "credentials in a Secret": {"spec.checkpoints.credentials": {"secretRef": {"name": "lab-s3"}}},
+    "credentials of a ServiceAccount": {"spec.checkpoints.credentials": {"serviceAccountName": "lab.trainer"}},
+    "a queue of Kueue": {"spec.scheduling": {"gang": "Kueue", "queue": "lab", "timeoutSeconds": 600}},
+    "a queue of Volcano": {"spec.scheduling": {"gang": "Volcano", "queue": "lab", "priorityClassName": "high"}},
+    "no gang": {"spec.scheduling": {"gang": "None", "schedulerName": "my-scheduler"}},
+    "a short life": {
+        "spec.lifecycle": {
+            "maxRestarts": 0,
+            "maxDisruptions": 0,
+            "activeDeadlineSeconds": 1,
+            "ttlSecondsAfterFinished": 0,
+            "hangTimeoutSeconds": 10,
+        }
+    },
+    "suspended from the start": {"spec.suspend": True},
 }

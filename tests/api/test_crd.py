@@ -12,13 +12,13 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sft_api.crd import FILE, as_yaml, custom_resource_definition
+from sft_api.crd import FILE, MUTABLE, REASON, as_yaml, custom_resource_definition
 from sft_api.manifest import ManifestError, Problem, parse_job
 from sft_api.schema import structural
 from sft_api.spec import SFTJobSpec
 from tests.api.api_server import ApiServer
 from tests.api.jobs import GONE, change, document
-from tests.api.tables import BAD, GOOD
+from tests.api.tables import BAD, GOOD, UNSEEN
 
 ROOT = Path(__file__).parents[2]
 CRD = custom_resource_definition()
@@ -31,6 +31,8 @@ def nodes(schema: dict[str, Any], path: str = "") -> Iterator[tuple[str, dict[st
         yield from nodes(child, f"{path}.{name}")
     if "items" in schema:
         yield from nodes(schema["items"], f"{path}[]")
+    if "additionalProperties" in schema:
+        yield from nodes(schema["additionalProperties"], f"{path}{{}}")
 
 
 NODES = dict(nodes(SERVER.schema))
@@ -49,25 +51,41 @@ def test_the_yaml_says_what_was_generated() -> None:
     assert yaml.safe_load(as_yaml()) == CRD
 
 
-@pytest.mark.parametrize("path", [path for path in NODES if path and not path.endswith("[]") and path != ".metadata"])
+@pytest.mark.parametrize("path", [path for path in NODES if path and path[-1] not in "]}" and path != ".metadata"])
 def test_every_field_is_described(path: str) -> None:
     assert NODES[path].get("description", "").endswith("."), path
 
 
 def test_every_node_has_one_type_and_nothing_that_is_not_structural() -> None:
     for path, node in NODES.items():
-        assert isinstance(node.get("type"), str), path
-        assert not {"$ref", "anyOf", "oneOf", "allOf", "not", "title", "const", "additionalProperties"} & set(node), (
-            path
-        )
+        assert isinstance(node.get("type"), str) != node.get("x-kubernetes-int-or-string", False), path
+        assert not {"$ref", "anyOf", "oneOf", "allOf", "not", "title", "const"} & set(node), path
+        assert not {"properties", "additionalProperties"} <= set(node), path
 
 
-def test_every_list_and_text_is_bounded() -> None:
+def test_every_list_mapping_and_text_is_bounded() -> None:
     for path, node in NODES.items():
-        if node["type"] == "array":
+        kind = node.get("type", "string")
+        if kind == "array":
             assert "maxItems" in node, path
-        if node["type"] == "string" and path not in (".apiVersion", ".kind"):
+        if "additionalProperties" in node:
+            assert "maxProperties" in node, path
+        if kind == "string" and path not in (".apiVersion", ".kind"):
             assert {"maxLength", "enum"} & set(node) or node.get("format") == "date-time", path
+
+
+def test_only_a_pods_own_spec_is_left_to_kubernetes() -> None:
+    opaque = [path for path, node in NODES.items() if "x-kubernetes-preserve-unknown-fields" in node]
+    assert opaque == [".spec.trainer.podTemplate.spec"]
+
+
+def test_a_quantity_is_a_number_or_text() -> None:
+    assert NODES[".spec.trainer.resources.limits{}"]["x-kubernetes-int-or-string"]
+    assert NODES[".spec.trainer.sharedMemory"]["minimum"] == 1
+
+
+def test_a_new_object_has_a_status_that_is_behind_its_spec() -> None:
+    assert NODES[".status"]["default"] == {"observedGeneration": 0}
 
 
 def test_exclusive_bounds_are_flags() -> None:
@@ -86,10 +104,13 @@ def test_defaults_hold_no_null_and_are_valid_themselves() -> None:
 
 def test_the_columns_of_kubectl_get_lead_to_fields() -> None:
     columns = CRD["spec"]["versions"][0]["additionalPrinterColumns"]
-    assert [column["name"] for column in columns] == [
-        "State", "Phase", "Step", "Progress", "Loss", "Restarts", "Checkpoint", "Age",
+    assert [column["name"] for column in columns if "priority" not in column] == [
+        "State", "Phase", "Step", "Progress", "Loss", "Restarts", "Checkpoint", "Reason", "Age",
     ]  # fmt: skip
-    for column in columns[:-1]:
+    assert [column["name"] for column in columns if "priority" in column] == ["Queue", "GPU-Seconds", "Goodput"]
+    for column in columns:
+        if column["jsonPath"] in (REASON, ".metadata.creationTimestamp"):
+            continue
         node = NODES[column["jsonPath"]]
         assert column["type"] == ("date" if node.get("format") == "date-time" else node["type"])
 
@@ -115,6 +136,12 @@ def test_an_api_server_refuses_what_validate_refuses(case: str) -> None:
     assert SERVER.refusals(document(BAD[case][0]))
 
 
+@pytest.mark.parametrize("case", UNSEEN)
+def test_what_an_api_server_cannot_see_it_takes(case: str) -> None:
+    """Were it to see it, the rule should be said in CEL."""
+    assert SERVER.refusals(document(UNSEEN[case][0])) == []
+
+
 @pytest.mark.parametrize("case", GOOD)
 def test_an_api_server_takes_what_validate_takes(case: str) -> None:
     assert SERVER.refusals(document(GOOD[case])) == []
@@ -132,7 +159,13 @@ CHANGES: dict[str, Any] = {
     "spec.batch.effectiveBatchSize": 64,
     "spec.optimizer.schedule": "Cosine",
     "spec.trainer.nodes": 2,
+    "spec.trainer.image": "registry/other",
+    "spec.trainer.env": [{"name": "A", "value": "x"}],
+    "spec.trainer.resources": {"limits": {"cpu": 8}},
+    "spec.trainer.podTemplate": {"spec": {"hostNetwork": True}},
+    "spec.scheduling.priorityClassName": "high",
     "spec.preparedData": {"uri": "s3://prepared/x"},
+    "spec.checkpoints.credentials": {"secretRef": {"name": "lab-s3"}},
     "spec.checkpoints.uri": "s3://lab/runs/other",
     "spec.checkpoints.every": {"minutes": 5},
     "spec.checkpoints.export": "End",
@@ -146,13 +179,15 @@ def test_a_change_is_refused_as_immutable(path: str) -> None:
     assert SERVER.refusals(document({path: CHANGES[path]}), document())[0].endswith(f": {field} is immutable")
 
 
-@pytest.mark.parametrize("path", ["spec.epochs", "spec.validation", "spec.preparedData"])
+@pytest.mark.parametrize(
+    "path", ["spec.epochs", "spec.validation", "spec.preparedData", "spec.checkpoints.credentials"]
+)
 def test_taking_out_an_optional_field_is_refused_as_immutable(path: str) -> None:
     assert SERVER.refusals(document(), document({path: CHANGES[path]}))[0].endswith(f": {path} is immutable")
 
 
 def test_every_field_of_the_spec_is_tried_for_immutability() -> None:
-    tried = {path.split("[")[0].split(".")[1] for path in CHANGES}
+    tried = {path.split("[")[0].split(".")[1] for path in (*CHANGES, *MAY_CHANGE) if path != LABELS}
     assert tried == set(structural(SFTJobSpec)["properties"])
 
 
@@ -162,9 +197,23 @@ def test_the_order_of_phases_is_immutable() -> None:
     assert SERVER.refusals(turned, document()) == [".spec: spec.phases is immutable"]
 
 
-def test_what_to_keep_and_labels_may_change() -> None:
-    new = document({"spec.checkpoints.keep": {"last": 5, "phaseEnds": False}, "metadata.labels": {"team": "lab"}})
-    assert SERVER.refusals(new, document()) == []
+LABELS = "metadata.labels"
+MAY_CHANGE: dict[str, Any] = {
+    "spec.checkpoints.keep": {"last": 5, "phaseEnds": False},
+    "spec.lifecycle": {"maxRestarts": 0, "activeDeadlineSeconds": 60, "hangTimeoutSeconds": 60},
+    "spec.suspend": True,
+    LABELS: {"team": "lab"},
+}
+
+
+@pytest.mark.parametrize("path", MAY_CHANGE)
+def test_what_says_nothing_of_the_result_may_change_and_change_back(path: str) -> None:
+    assert SERVER.refusals(document({path: MAY_CHANGE[path]}), document()) == []
+    assert SERVER.refusals(document(), document({path: MAY_CHANGE[path]})) == []
+
+
+def test_every_field_that_may_change_is_tried() -> None:
+    assert set(MAY_CHANGE) - {LABELS} == MUTABLE
 
 
 def test_writing_a_default_out_is_no_change() -> None:

@@ -8,7 +8,7 @@ import pytest
 from sft_api.job import SFTJob
 from sft_api.manifest import ManifestError, parse_job
 from tests.api.jobs import document
-from tests.api.tables import BAD, GOOD
+from tests.api.tables import BAD, GOOD, UNSEEN
 
 
 def problems(given: object) -> list[str]:
@@ -17,9 +17,9 @@ def problems(given: object) -> list[str]:
     return [str(problem) for problem in caught.value.problems]
 
 
-@pytest.mark.parametrize("case", BAD)
+@pytest.mark.parametrize("case", [*BAD, *UNSEEN])
 def test_a_bad_manifest_is_refused_with_all_that_is_wrong(case: str) -> None:
-    changes, lines = BAD[case]
+    changes, lines = (BAD | UNSEEN)[case]
     assert problems(document(changes)) == lines
 
 
@@ -62,6 +62,18 @@ def test_a_problem_knows_its_path_and_its_message() -> None:
 def test_a_job_read_from_a_cluster_is_taken_with_its_status() -> None:
     status = {"observedGeneration": 1, "state": "Running", "conditions": []}
     assert parse_job({**document(), "status": status}).status is not None
+
+
+def test_a_quantity_is_text_however_it_was_written() -> None:
+    resources = {"requests": {"cpu": 8}, "limits": {"cpu": "8"}}
+    trainer = parse_job(document({"spec.trainer": {"resources": resources, "sharedMemory": 1024}})).spec.trainer
+    assert trainer.resources.requests == trainer.resources.limits == {"cpu": "8"}
+    assert trainer.shared_memory == "1024"
+
+
+def test_a_pod_template_stays_as_it_was_written() -> None:
+    template = GOOD["a pod's own"]["spec.trainer"]["podTemplate"]
+    assert parse_job(document(GOOD["a pod's own"])).spec.trainer.pod_template == template
 
 
 def test_a_date_that_yaml_made_is_text_again() -> None:

@@ -28,6 +28,19 @@ def test_every_rule_stands_with_its_place() -> None:
         assert any(line.startswith("- `spec") and line.endswith(f": {rule.message}") for line in lines), rule.message
 
 
+def test_a_rule_that_an_api_server_cannot_see_is_marked() -> None:
+    marked = [line for line in reference().splitlines() if line.startswith("- ") and "`†: " in line]
+    assert len(marked) == sum(rule.cel is None for rule in RULES) > 0
+
+
+def test_a_mapping_and_a_quantity_say_what_they_take() -> None:
+    assert (
+        "| `sharedMemory` | whole number or text |  | an amount of memory: 16Gi, 512Mi, or bytes | Size of /dev/shm"
+        in reference()
+    )
+    assert "| `nodeSelector` | mapping |  | a mapping of text to text of at most 63 letters" in reference()
+
+
 def test_the_recipes_stand_with_their_values() -> None:
     assert "| `LAB` | 3840 | 2e-5 | 25 steps | Constant | 10 |" in reference()
     assert "| `none` | required | required | none | Constant | required |" in reference()
