@@ -1,4 +1,4 @@
-"""What a cluster cannot carry out though the manifest is valid: said with the field's path, before anything is made. Pure."""
+"""What a cluster cannot carry out though the manifest is valid, with its field: said before anything runs. Pure."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -9,10 +10,13 @@ from typing import Literal
 
 from sft_api.pods import GangScheduler
 from sft_api.status import Condition, ConditionType, PlanStatus, State
+from sft_operator.gang import OUTSIDE
 from sft_operator.observed import Pod
+from sft_operator.restart import reason_in, words
 from sft_operator.situation import Situation
 
 MESSAGE_CHARACTERS = 4096
+REASON_CHARACTERS = 128
 Truth = Literal["True", "False", "Unknown"]
 RESTRICTED = (
     "the namespace enforces the restricted Pod Security Standard, and the training operator's init container does not"
@@ -46,11 +50,22 @@ def conditions(old: Sequence[Condition], verdicts: Verdicts, generation: int | N
                 status=verdict.status,
                 observed_generation=generation,
                 last_transition_time=known.last_transition_time if known and unchanged else now,
-                reason=verdict.reason,
-                message=verdict.message[:MESSAGE_CHARACTERS],
+                reason=as_reason(verdict.reason),
+                message=clipped(verdict.message, MESSAGE_CHARACTERS),
             )
         )
     return result
+
+
+def clipped(text: str, characters: int) -> str:
+    """`text`, or its beginning where it is longer than a status may say."""
+    return text if len(text) <= characters else f"{text[: characters - 1]}…"
+
+
+def as_reason(word: str) -> str:
+    """`word` as the API server takes it: the reasons of events come from others, and are not always one word."""
+    letters = re.sub(r"[^A-Za-z0-9]", "", word).lstrip("0123456789")
+    return letters[:REASON_CHARACTERS] or "Unknown"
 
 
 def judge(at: Situation, state: State) -> dict[ConditionType, Verdict]:
@@ -63,7 +78,7 @@ def judge(at: Situation, state: State) -> dict[ConditionType, Verdict]:
         ConditionType.CHECKPOINT_HEALTHY: checkpoint_healthy(at),
         ConditionType.SUCCEEDED: Verdict("Unknown", "InProgress", "the job has not ended"),
         ConditionType.STALLED: Verdict("False", "NotStalled", "nothing has ended the job for good"),
-        ConditionType.RECONCILING: reconciling(state),
+        ConditionType.RECONCILING: reconciling(at, state),
     }
 
 
@@ -72,14 +87,20 @@ def prepared(at: Situation, state: State) -> Verdict:
         return Verdict("True", "Prepared", prepared_words(at.status.plan))
     if state is not State.PREPARING:
         return Verdict("False", "NotStarted", "the data is not prepared yet")
-    for pod in reversed(at.prepare_pods):
-        if blocked := hindrance(pod):
-            return Verdict("False", "Waiting", f"pod {pod.name}: {blocked}")
-        if pod.is_running:
-            return Verdict("False", "Preparing", f"pod {pod.name} prepares the data")
-    if at.observed.troubles:
-        return Verdict("False", at.observed.troubles[-1].reason, at.observed.troubles[-1].message)
+    if at.prepare_pods:
+        return preparing(at.prepare_pods[-1])
+    if troubles := at.observed.troubles:
+        return Verdict("False", troubles[-1].reason, troubles[-1].message)
     return Verdict("False", "Preparing", "the preparation is about to start")
+
+
+def preparing(pod: Pod) -> Verdict:
+    """How the newest of the preparation's pods does."""
+    if blocked := hindrance(pod):
+        return Verdict("False", "Waiting", f"pod {pod.name}: {blocked}")
+    if pod.ended is not None and pod.ended.exit_code != 0:
+        return Verdict("False", "Retrying", f"pod {pod.name} ended with {reason_in(pod.ended)}: {words(pod)}")
+    return Verdict("False", "Preparing", f"pod {pod.name} prepares the data")
 
 
 def prepared_words(plan: PlanStatus | None) -> str:
@@ -98,21 +119,20 @@ def hindrance(pod: Pod) -> str | None:
 
 def gang_scheduled(at: Situation, state: State) -> Verdict:
     choice = at.gang_choice
-    if choice.missing is not None:
-        return Verdict(
-            "False", "SchedulerMissing", f"spec.scheduling.gang is {at.job.spec.scheduling.gang}: {choice.missing}"
-        )
     if at.attempt is None:
+        if choice.missing is not None:
+            asked = f"spec.scheduling.gang is {at.job.spec.scheduling.gang}"
+            return Verdict("False", "SchedulerMissing", f"{asked}: {choice.missing}")
         when = "yet" if at.last_attempt is None else "now"
         return Verdict("False", "NoPods", f"no pods {when}: the job is {state.value}; {choice.why}")
     placed = [pod for pod in at.live_pods if pod.node]
-    if len(placed) == at.nodes:
-        where = ", ".join(sorted({pod.node for pod in placed if pod.node}))
-        together = f"{at.nodes} of {at.nodes} pods placed on {where}; {choice.why}"
-        return Verdict(
-            "True" if choice.is_a_gang else "False", choice.scheduler.value if choice.is_a_gang else "NoGang", together
-        )
-    return waiting_for_nodes(at, len(placed))
+    if choice.scheduler in OUTSIDE and (outside := [pod.name for pod in at.live_pods if not pod.in_pod_group]):
+        return Verdict("False", "NotInPodGroup", f"{outside[0]} {OUTSIDE[choice.scheduler]}")
+    if len(placed) < at.nodes:
+        return waiting_for_nodes(at, len(placed))
+    where = ", ".join(sorted({pod.node for pod in placed if pod.node}))
+    message = f"{at.nodes} of {at.nodes} pods placed on {where}; {choice.why}"
+    return Verdict("True", choice.scheduler.value, message) if choice.is_a_gang else Verdict("False", "NoGang", message)
 
 
 def waiting_for_nodes(at: Situation, placed: int) -> Verdict:
@@ -121,42 +141,44 @@ def waiting_for_nodes(at: Situation, placed: int) -> Verdict:
     if at.gang is not None and at.gang.queued:
         return Verdict("False", "Queued", f"waits in the queue {at.job.spec.scheduling.queue}")
     pending = [pod for pod in at.live_pods if not pod.node]
-    if choice.scheduler is GangScheduler.NATIVE:
-        if outside := [pod.name for pod in pending if not pod.in_pod_group]:
-            return Verdict(
-                "False", "NotInPodGroup", f"{outside[0]} is in no PodGroup: the policy sftjob-gang did not reach it"
-            )
-        if pending and at.pod_group is None:
-            return Verdict(
-                "False", "PodGroupMissing", f"{count}: PodGroup {at.attempt_name} does not exist, so they wait unsaid"
-            )
-        if at.pod_group is not None and at.pod_group.message:
-            return Verdict("False", "Unschedulable", f"{count}: {at.pod_group.message}")
+    if choice.scheduler is GangScheduler.NATIVE and pending and at.pod_group is None:
+        lacking = f"PodGroup {at.attempt_name} was gone, without which they wait unsaid; it is made anew"
+        return Verdict("False", "PodGroupMissing", f"{count}: {lacking}")
+    if choice.scheduler is GangScheduler.NATIVE and at.pod_group is not None and at.pod_group.message:
+        return Verdict("False", "Unschedulable", f"{count}: {at.pod_group.message}; {choice.why}")
     if unscheduled := [pod for pod in pending if pod.unscheduled]:
-        return Verdict(
-            "False", "Unschedulable", f"{count}; {unscheduled[0].name}: {unscheduled[0].unscheduled}; {choice.why}"
-        )
+        first = f"{unscheduled[0].name}: {unscheduled[0].unscheduled}"
+        return Verdict("False", "Unschedulable", f"{count}; {first}; {choice.why}")
     return Verdict("False", "Waiting", f"{count}; {choice.why}")
 
 
 def running(at: Situation, state: State) -> Verdict:
-    if state is State.RUNNING:
+    if at.attempt is not None and at.attempt.running is not None:
         return Verdict("True", "Running", running_words(at))
     if state is State.QUEUED:
         return not_yet_running(at)
+    last = at.last_attempt
+    if state is State.RESTARTING and last is not None:
+        ended = f"{last.name} ended ({last.reason}): {last.message}"
+        return Verdict(
+            "False", state.value, f"{ended}. The next begins when its pods are gone and the back-off is over"
+        )
     return Verdict("False", state.value, f"no pods of the gang run: the job is {state.value}")
 
 
 def running_words(at: Situation) -> str:
-    progress = at.status.progress
-    if at.report is None or at.report.progress is None or progress is None:
-        return f"{at.nodes} of {at.nodes} pods run; the first step is not taken yet"
-    return f"{at.nodes} of {at.nodes} pods run, attempt {at.number}"
+    count = f"{num_running(at)} of {at.nodes} pods run, attempt {at.number}"
+    report = at.report
+    return count if report is not None and report.progress else f"{count}; the first step is not taken yet"
+
+
+def num_running(at: Situation) -> int:
+    return sum(pod.is_running for pod in at.pods)
 
 
 def not_yet_running(at: Situation) -> Verdict:
     """What the slowest of the pods waits for."""
-    count = f"{sum(pod.is_running for pod in at.pods)} of {at.nodes} pods run"
+    count = f"{num_running(at)} of {at.nodes} pods run"
     if troubles := at.observed.troubles:
         newest = troubles[-1]
         if newest.reason == "FailedCreatePod" and "violates PodSecurity" in newest.message:
@@ -171,7 +193,7 @@ def not_yet_running(at: Situation) -> Verdict:
 def suspended(state: State) -> Verdict:
     if state is State.SUSPENDED:
         return Verdict("True", "Suspended", "spec.suspend is true: no pods run; set it to false to go on")
-    return Verdict("False", "NotSuspended", "spec.suspend is false, or the pods are still on their way out")
+    return Verdict("False", "NotSuspended", "the job is not suspended")
 
 
 def checkpoint_healthy(at: Situation) -> Verdict:
@@ -184,7 +206,9 @@ def checkpoint_healthy(at: Situation) -> Verdict:
     return Verdict("True", "Committed", f"step {checkpoint.step:,} is committed{verified}: {checkpoint.uri}")
 
 
-def reconciling(state: State) -> Verdict:
-    if state is State.PENDING:
-        return Verdict("True", "Accepting", "the operator sets the job up")
-    return Verdict("False", "Accepted", "the operator waits for pods, or has nothing to do")
+def reconciling(at: Situation, state: State) -> Verdict:
+    if state is not State.PENDING:
+        return Verdict("False", "Accepted", "the operator waits for pods, or has nothing to do")
+    if at.gang_choice.missing is not None:
+        return Verdict("True", "SchedulerMissing", at.gang_choice.missing)
+    return Verdict("True", "Accepting", "the operator sets the job up")

@@ -34,6 +34,15 @@ NO_POLICY = (
     "the MutatingAdmissionPolicy sftjob-gang of our chart, which puts pods into their PodGroup, is not installed:"
     " set gang.native.admissionPolicy=true in the chart's values"
 )
+NATIVE_GANG = "a gang of Kubernetes' own scheduler, as one PodGroup"
+OUTSIDE = {
+    GangScheduler.NATIVE: "is in no PodGroup: the policy sftjob-gang did not reach it",
+    GangScheduler.VOLCANO: "is in no PodGroup: start the training operator with --gang-scheduler-name=volcano",
+    GangScheduler.COSCHEDULING: (
+        "is in no PodGroup: start the training operator with --gang-scheduler-name=scheduler-plugins-scheduler"
+    ),
+}
+"""Why a pod of such a gang is placed by itself, and what to do; for the schedulers whose pods show it."""
 
 
 @dataclass(frozen=True)
@@ -55,22 +64,25 @@ class GangChoice:
 def choose_gang(scheduling: Scheduling, nodes: int, platform: Platform) -> GangChoice:
     """The scheduler asked for; with Auto, Kubernetes' own where it is to be had and there is more than one pod."""
     asked = scheduling.gang
-    native_lacks = None if platform.pod_groups and platform.gang_policy else missing_native(platform)
+    native_lacks = missing_native(platform)
     if asked is GangScheduler.AUTO and nodes == 1:
-        return GangChoice(GangScheduler.NONE, "one pod is no gang")
+        return GangChoice(GangScheduler.NONE, "no gang: one pod needs none")
     if asked is GangScheduler.AUTO and native_lacks is not None:
-        return GangChoice(GangScheduler.NONE, f"spec.scheduling.gang is Auto, and {native_lacks}")
+        return GangChoice(GangScheduler.NONE, f"no gang: spec.scheduling.gang is Auto, and {native_lacks}")
     if asked in (GangScheduler.AUTO, GangScheduler.NATIVE):
-        return GangChoice(GangScheduler.NATIVE, "placed by Kubernetes itself, as one PodGroup", native_lacks)
+        return GangChoice(GangScheduler.NATIVE, NATIVE_GANG, native_lacks)
     if asked is GangScheduler.NONE:
-        return GangChoice(GangScheduler.NONE, "spec.scheduling.gang is None")
+        return GangChoice(GangScheduler.NONE, "no gang: spec.scheduling.gang is None")
     group = GROUPS[asked]
     lacks = None if group in platform.groups else f"the API server serves no {group}: install {asked}"
-    return GangChoice(asked, f"placed by {asked}", lacks)
+    return GangChoice(asked, f"a gang of {asked}", lacks)
 
 
-def missing_native(platform: Platform) -> str:
-    return NO_POD_GROUPS if not platform.pod_groups else NO_POLICY
+def missing_native(platform: Platform) -> str | None:
+    """What Kubernetes' own gang scheduling lacks here; none where it is complete."""
+    if not platform.pod_groups:
+        return NO_POD_GROUPS
+    return None if platform.gang_policy else NO_POLICY
 
 
 def scheduler_name(scheduling: Scheduling, choice: GangChoice) -> str | None:

@@ -7,16 +7,12 @@ from typing import Any
 
 LIST_KEYS = {
     "containers": "name",
-    "initContainers": "name",
     "volumes": "name",
     "env": "name",
-    "imagePullSecrets": "name",
     "volumeMounts": "mountPath",
     "ports": "containerPort",
-    "hostAliases": "ip",
-    "topologySpreadConstraints": "topologyKey",
 }
-"""The lists of a pod that Kubernetes merges, and by which field. Others are added to."""
+"""The lists of our pods that Kubernetes would merge, and by which field. Others are added to."""
 
 
 def merged(base: Mapping[str, Any], override: Mapping[str, Any]) -> dict[str, Any]:

@@ -60,7 +60,9 @@ def processes(job: SFTJob) -> int:
 
 
 def job_labels(job: SFTJob) -> dict[str, str]:
-    return {labels.JOB: job.metadata.name, labels.MANAGED_BY: labels.MANAGER}
+    """On every object of a job. The uid tells it from those of an earlier job of the same name."""
+    uid = job.metadata.uid or ""
+    return {labels.JOB: job.metadata.name, labels.OWNER_UID: uid, labels.MANAGED_BY: labels.MANAGER}
 
 
 def overridden(job: SFTJob, template: dict[str, Any], fixed: dict[str, Any]) -> dict[str, Any]:

@@ -96,6 +96,10 @@ class Situation:
         """Whether the condition was True when the status was last written."""
         return any(condition.type == kind and condition.status == "True" for condition in self.status.conditions)
 
+    def reason(self, kind: ConditionType) -> str | None:
+        """The condition's reason when the status was last written."""
+        return next((found.reason for found in self.status.conditions if found.type == kind), None)
+
     def since(self, kind: ConditionType) -> datetime | None:
         """When the condition came to be as it is."""
         return next((found.last_transition_time for found in self.status.conditions if found.type == kind), None)
