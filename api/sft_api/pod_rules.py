@@ -19,7 +19,7 @@ OUR_NAMES = (
 )
 """Environment variables by which the ranks of a gang find each other."""
 OURS = f"names that begin with {listing(OUR_PREFIXES, 'or')} are ours, and so are {listing(OUR_NAMES)}"
-OUR_LABELS = ("sftjob.dev/", "training.kubeflow.org/")
+OUR_LABELS = ("sftjob.dev/", "training.kubeflow.org/", "app.kubernetes.io/managed-by")
 QUEUED = ("Volcano", "Kueue", "KAI")
 """The gang schedulers that have queues."""
 PLAIN_RESOURCES = ("cpu", "memory", "ephemeral-storage")
@@ -107,7 +107,7 @@ def node_labels_are_labels(given: Given) -> Wrongs:
 def labels_are_not_ours(given: Given) -> Wrongs:
     for name in section(given, "podTemplate", "metadata", "labels"):
         if name.startswith(OUR_LABELS):
-            yield f"podTemplate.metadata.labels.{name}", "cannot be set: the operator finds its pods by it"
+            yield f"podTemplate.metadata.labels.{name}", "cannot be set: it is the operator's"
 
 
 def pods_keep_what_is_relied_on(given: Given) -> Wrongs:

@@ -166,6 +166,11 @@ class Lifecycle(ApiModel):
     longest step, validation or export."""
 
 
+OPAQUE = {"additionalProperties": {"x-kubernetes-preserve-unknown-fields": True}}
+"""A mapping that Kubernetes knows, and our schema does not. Not the same on the mapping itself: CEL would then take two
+of them for equal that have as many keys and none in common, and such a change would pass as none."""
+
+
 class PodMetadata(TypedDict, total=False):
     """Labels and annotations of the pods."""
 
@@ -187,5 +192,5 @@ class PodTemplate(TypedDict, total=False):
 
     metadata: PodMetadata
     """Labels and annotations of the pods."""
-    spec: Annotated[dict[str, Any], Field(json_schema_extra={"x-kubernetes-preserve-unknown-fields": True})]
+    spec: Annotated[dict[str, Any], Field(max_length=64, json_schema_extra=OPAQUE)]
     """Any field of a pod's spec; Kubernetes checks it when the pods are made."""

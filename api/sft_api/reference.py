@@ -64,6 +64,7 @@ def row(name: str, schema: Schema, path: str, *, required: bool) -> str:
     return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
 
 
+NOTHINGS: tuple[Any, ...] = (None, {}, [])
 TYPES = {
     "string": "text",
     "object": "mapping",
@@ -85,9 +86,6 @@ def default_of(schema: Schema) -> str:
     """The schema's default; nothing where it is empty, for then its fields have defaults of their own."""
     default = without_nothings(schema.get("default"))
     return "" if default in NOTHINGS else f"`{default if isinstance(default, str) else json.dumps(default)}`"
-
-
-NOTHINGS = (None, {}, [])
 
 
 def without_nothings(value: Any) -> Any:

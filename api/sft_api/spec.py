@@ -290,7 +290,8 @@ class Trainer(Compute):
     """Size of /dev/shm, which counts as memory of the pod. Unset: no limit but the pod's."""
     pod_template: PodTemplate = {}
     """Overrides for all pods of the job, merged into them last, lists by name: volumes, affinity, image pull secrets.
-    The container is `pytorch`. What the operator relies on (names, restart policy, command) cannot be overridden."""
+    The trainer's container is `pytorch`. What the operator relies on is refused: restart policy, host name, gang, and
+    that container's command and image."""
 
 
 class Keep(ApiModel):

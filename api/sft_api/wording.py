@@ -75,6 +75,8 @@ def expected(schema: Schema) -> str:
             return f"a list{bounds(schema, 'minItems', 'maxItems', ' elements')}"
         case {"type": "object", "properties": _}:
             return f"a mapping with the fields {', '.join(allowed_fields(schema))}"
+        case {"x-kubernetes-preserve-unknown-fields": True}:
+            return "anything"
         case {"type": "object", "additionalProperties": values}:
             most = schema.get("maxProperties")
             return f"a mapping of text to {expected(values)}{f'; at most {most} of them' if most else ''}"

@@ -73,6 +73,8 @@ def with_defaults(schema: dict[str, Any], node: Any) -> Any:
 
 def schema_refusals(schema: dict[str, Any], node: Any, path: str) -> Iterator[str]:
     assert set(schema) <= KNOWN, f"{path}: {set(schema) - KNOWN} is not modelled"
+    if schema.get("x-kubernetes-preserve-unknown-fields"):
+        return
     kinds = (int, str) if schema.get("x-kubernetes-int-or-string") else TYPES[schema["type"]]
     if not isinstance(node, kinds) or (isinstance(node, bool) and bool not in kinds):
         yield f"{path}: must be of type {schema.get('type', 'integer or string')}"
@@ -102,7 +104,7 @@ def object_refusals(schema: dict[str, Any], node: dict[str, Any], path: str) -> 
         child = schema.get("properties", {}).get(name, schema.get("additionalProperties"))
         if child is not None:
             yield from schema_refusals(child, value, f"{path}.{name}")
-        elif path != ".metadata" and not schema.get("x-kubernetes-preserve-unknown-fields"):
+        elif path != ".metadata":
             yield f"{path}.{name}: unknown field"  # kubectl asks for strict validation
 
 

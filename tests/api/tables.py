@@ -503,7 +503,7 @@ BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
     "labels of ours": (
         {"spec.trainer": {"podTemplate": {"metadata": {"labels": {"sftjob.dev/job": "x", "team": "lab"}}}}},
         [
-            "spec.trainer.podTemplate.metadata.labels.sftjob.dev/job: cannot be set: the operator finds its pods by it",
+            "spec.trainer.podTemplate.metadata.labels.sftjob.dev/job: cannot be set: it is the operator's",
         ],
     ),
     "an annotation that is no text": (
