@@ -1,0 +1,18 @@
+"""Each state of the world that an API server, a training operator or a kubelet can show, and the decision that it gets."""
+
+from __future__ import annotations
+
+import pytest
+
+from sft_operator.reconcile import reconcile
+from tests.operator.builders import NOW, SETTINGS
+from tests.operator.states import placing, preparing
+from tests.operator.states.case import Case
+
+CASES = (*preparing.CASES, *placing.CASES)
+TABLE = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+
+
+@TABLE
+def test_each_state_gets_its_decision(case: Case) -> None:
+    case.check(reconcile(case.job, case.observed, SETTINGS, NOW))
