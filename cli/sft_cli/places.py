@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from sft_api.recipes import resolve
 from sft_api.run import RunConfig
+from sft_cli.laptop import refuse_claim
 from sft_cli.manifests import read_job
 
 URI = re.compile(r"^[a-z][a-z0-9+.-]*://")
@@ -26,4 +27,5 @@ def find(source: str) -> Place:
     if URI.match(source):
         return Place(source, source.rstrip("/").rpartition("/")[2])
     config = resolve(read_job(source))
+    refuse_claim("spec.checkpoints.uri", config.checkpoints.uri)
     return Place(config.checkpoints.uri, config.name, config)

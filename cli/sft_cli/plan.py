@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from sft_api.events import Event, Message, PreparedMetrics
 from sft_api.recipes import resolve
 from sft_api.run import ExitCode, RunConfig, RunError
+from sft_cli import laptop
 from sft_cli.machine import counted
 from sft_cli.manifests import BadManifest, Finding, read_job
 
@@ -22,7 +23,10 @@ if TYPE_CHECKING:
 def plan(file: str, gpus: int | None, gpu_memory_gb: float, overrides: Sequence[str], as_json: bool) -> int:
     """Plan the job for `gpus` GPUs; returns the exit code. The data is prepared where the run will find it."""
     try:
-        config = resolve(read_job(file, overrides))
+        job = read_job(file, overrides)
+        laptop.refuse_claims(job)
+        config = resolve(job)
+        os.environ.update(laptop.environment(job))  # as the trainer would have it
         trainer = config.trainer
         ranks = gpus or max(1, trainer.nodes * trainer.gpus_per_node)
         found = planned(config, ranks, round(gpu_memory_gb * 1e9))

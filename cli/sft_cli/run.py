@@ -18,7 +18,7 @@ from sft_api import names
 from sft_api.events import EVENT, Event
 from sft_api.recipes import resolve
 from sft_api.run import ExitCode, RunConfig, RunError
-from sft_cli import machine
+from sft_cli import laptop, machine
 from sft_cli.children import Children
 from sft_cli.display import Display, JsonDisplay, PlainDisplay
 from sft_cli.manifests import BadManifest, Finding, read_job
@@ -42,7 +42,10 @@ def run(
     """Carry out the manifest in `file`; returns the exit code. Problems of the manifest go to stderr, one a line."""
     try:
         job = read_job(file, overrides)
+        laptop.refuse_suspended(job)
+        laptop.refuse_claims(job)
         config = resolve(job)
+        os.environ.update(laptop.environment(job))  # for the trainer, and for whatever else opens a store here
         here = machine.choose(job.spec.trainer, processes, machine.visible_gpus(os.environ))
     except BadManifest as error:
         print(error, file=sys.stderr)
@@ -55,8 +58,9 @@ def run(
     config = config.model_copy(update={"trainer": trainer})
     session = Session()
     display, console = open_display(as_json, session)
-    if here.note:
-        display.note(here.note)
+    for note in (here.note, laptop.without_effect(job)):
+        if note:
+            display.note(note)
     work = Path(tempfile.mkdtemp(prefix=f"sft-{config.name}-"))
     began = time.monotonic()
     code = carry_out(config, here.processes, work, session, display, trainer_command)

@@ -1,7 +1,8 @@
 """Stands where the trainer stands: `python fake_trainer.py FOLDER prepare|train RUN_JSON …` plays FOLDER/<stage>.jsonl.
 
 A line is an event to print, or an instruction: {"do": "wait"} for SIGTERM, "deafen" (SIGTERM is ignored from here
-on), "child" (start a process in a session of its own, its pid in FOLDER/child), "say" (on stderr), "print", "kill".
+on), "child" (start a process in a session of its own, its pid in FOLDER/child), "say" (on stderr), "print", "kill",
+"tell" (the variable, in FOLDER/<stage>.<variable>).
 After SIGTERM the rest of the script follows. The exit code is that of the last `finished` event.
 """
 
@@ -18,7 +19,7 @@ WAITING = {"event": "message", "level": "info", "text": "the fake trainer waits"
 awaited = {signal.SIGTERM}
 
 
-def obey(instruction: dict[str, object], folder: Path) -> None:
+def obey(instruction: dict[str, str], folder: Path, stage: str) -> None:
     match instruction["do"]:
         case "wait":
             print(json.dumps(WAITING), flush=True)
@@ -34,6 +35,8 @@ def obey(instruction: dict[str, object], folder: Path) -> None:
             print(instruction["text"], file=sys.stderr)
         case "print":
             print(instruction["text"], flush=True)
+        case "tell":
+            (folder / f"{stage}.{instruction['variable']}").write_text(os.environ[instruction["variable"]])
         case "kill":
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -47,7 +50,7 @@ def main() -> int:
     for line in (folder / f"{stage}.jsonl").read_text().splitlines():
         value = json.loads(line)
         if "do" in value:
-            obey(value, folder)
+            obey(value, folder, stage)
             continue
         assert os.environ["SFT_LOG_FORMAT"] == "json"
         print(line, flush=True)

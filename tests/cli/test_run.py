@@ -229,3 +229,11 @@ def test_an_override_that_leads_nowhere_ends_in_ten(tmp_path: Path) -> None:
 def test_gpus_that_this_machine_lacks_are_told_in_one_line(tmp_path: Path) -> None:
     done = run(tmp_path, whole_run(), overrides=["spec.trainer.gpusPerNode=16", "spec.trainer.nodes=500"])
     assert done.stdout.splitlines()[0].startswith("The manifest asks for 500 nodes with 16 GPUs each; ")
+
+
+def test_variables_of_the_manifest_are_set_for_the_trainer_and_pods_fields_are_named(tmp_path: Path) -> None:
+    extra = ["spec.trainer.env[0]={name: SEEN, value: of the manifest}", "spec.trainer.image=registry/trainer"]
+    done = run(tmp_path, [{"do": "tell", "variable": "SEEN"}, *whole_run()], overrides=extra)
+    assert done.returncode == 0
+    assert done.stdout.splitlines()[0] == "Only a cluster obeys spec.trainer.image; here it changes nothing."
+    assert (tmp_path / "script/train.SEEN").read_text() == "of the manifest"
