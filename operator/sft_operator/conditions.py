@@ -160,9 +160,8 @@ def running(at: Situation, state: State) -> Verdict:
     last = at.last_attempt
     if state is State.RESTARTING and last is not None:
         ended = f"{last.name} ended ({last.reason}): {last.message}"
-        return Verdict(
-            "False", state.value, f"{ended}. The next begins when its pods are gone and the back-off is over"
-        )
+        due = "the next attempt begins when the pods of this one are gone and the back-off is over"
+        return Verdict("False", state.value, f"{due}; {ended}")
     return Verdict("False", state.value, f"no pods of the gang run: the job is {state.value}")
 
 

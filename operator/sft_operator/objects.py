@@ -75,10 +75,11 @@ def pytorch_job(job: SFTJob, number: int, choice: GangChoice, settings: Settings
     in_queue = {} if choice.scheduler is GangScheduler.KUEUE else queue  # Kueue's stands on the PyTorchJob alone
     template = trainer_template(job, settings, role | member | in_queue, claims(job), choice)
     replica = {"restartPolicy": "Never", "template": template}
+    given = metadata(job, name, role | queue)
     return {
         "apiVersion": "kubeflow.org/v1",
         "kind": "PyTorchJob",
-        "metadata": owned_otherwise(job, metadata(job, name, role | queue), choice),
+        "metadata": unowned(given) if choice.scheduler is GangScheduler.KAI else given,
         "spec": {
             "nprocPerNode": str(processes(job)),
             "runPolicy": {"cleanPodPolicy": "Running", **run_policy(job, choice)},
@@ -132,12 +133,9 @@ def metadata(job: SFTJob, name: str, role: dict[str, str] | None = None) -> dict
     }
 
 
-def owned_otherwise(job: SFTJob, given: dict[str, Any], choice: GangChoice) -> dict[str, Any]:
-    """KAI takes the topmost owner for the workload, and knows no SFTJob: for it the owner stands in an annotation."""
-    if choice.scheduler is not GangScheduler.KAI:
-        return given
-    kept = {key: value for key, value in given.items() if key != "ownerReferences"}
-    return kept | {"annotations": {labels.OWNER_UID: job.metadata.uid or ""}}
+def unowned(given: dict[str, Any]) -> dict[str, Any]:
+    """For KAI, which takes the topmost owner for the workload and knows no SFTJob. The label says whose it is."""
+    return {key: value for key, value in given.items() if key != "ownerReferences"}
 
 
 # ── what pods are told ─────────────────────────────────────────────────────────────────────────────────────────────

@@ -1,4 +1,4 @@
-"""Each state of the world that an API server, a training operator or a kubelet can show, and the decision that it gets."""
+"""Each state that an API server, a training operator or a kubelet can show, and the decision that it gets."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import pytest
 
 from sft_operator.reconcile import reconcile
 from tests.operator.builders import NOW, SETTINGS
-from tests.operator.states import placing, preparing
+from tests.operator.states import ending, placing, preparing
 from tests.operator.states.case import Case
 
-CASES = (*preparing.CASES, *placing.CASES)
+CASES = (*preparing.CASES, *placing.CASES, *ending.CASES)
 TABLE = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 

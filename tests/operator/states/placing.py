@@ -33,8 +33,9 @@ STARTED = {"applied": (*CONFIG, "PyTorchJob/granite-1"), "attempts": FIRST}
 NO_GPUS = "0/2 nodes are available: 2 Insufficient nvidia.com/gpu"
 NATIVE_GANG = "a gang of Kubernetes' own scheduler, as one PodGroup"
 PSS = (
-    'pods "granite-1-worker-0" is forbidden: violates PodSecurity "restricted:latest": allowPrivilegeEscalation != false'
-    ' (container "init-pytorch" must set securityContext.allowPrivilegeEscalation=false)'
+    'pods "granite-1-worker-0" is forbidden: violates PodSecurity "restricted:latest": '
+    'allowPrivilegeEscalation != false (container "init-pytorch" must set '
+    "securityContext.allowPrivilegeEscalation=false)"
 )
 
 
