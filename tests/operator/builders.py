@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -230,12 +229,3 @@ def gang_of(*pods: Pod, **fields: Any) -> Observed:
 def all_running(number: int = 1, **fields: Any) -> Observed:
     known: dict[str, Any] = {"gangs": (make_gang(number),), "pod_groups": (make_group(number, scheduled=True),)}
     return gang_of(make_pod(0, number), make_pod(1, number), **(known | fields))
-
-
-def without_owner(observed: Observed) -> Observed:
-    """As an operator saw it that labelled no owner."""
-    return replace(
-        observed,
-        gangs=tuple(replace(gang, owner=None) for gang in observed.gangs),
-        pods=tuple(replace(pod, owner=None) for pod in observed.pods),
-    )

@@ -6,10 +6,10 @@ import pytest
 
 from sft_operator.reconcile import reconcile
 from tests.operator.builders import NOW, SETTINGS
-from tests.operator.states import ending, placing, preparing
+from tests.operator.states import ending, placing, preparing, stopping
 from tests.operator.states.case import Case
 
-CASES = (*preparing.CASES, *placing.CASES, *ending.CASES)
+CASES = (*preparing.CASES, *placing.CASES, *ending.CASES, *stopping.CASES)
 TABLE = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 

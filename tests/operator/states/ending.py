@@ -144,7 +144,7 @@ EXITS = (
                 "False",
                 "Restarting",
                 "the next attempt begins when the pods of this one are gone and the back-off is over; granite-1 ended "
-                "(OOMKilled): pod granite-1-worker-0 ended with exit code 137 (OOMKilled): OOMKilled; it left no message",
+                "(OOMKilled): pod granite-1-worker-0 ended with exit code 137 (OOMKilled): OOMKilled; it left no …",
             )
         },
     ),
