@@ -1,4 +1,4 @@
-"""Manifests that are refused, with every line `sft validate` prints for them, and some that are not."""
+"""Manifests that are refused, with every line `sft validate` prints for them, and some that are not; and changes."""
 
 from __future__ import annotations
 
@@ -793,3 +793,38 @@ GOOD: dict[str, dict[str, Any]] = {
     },
     "suspended from the start": {"spec.suspend": True},
 }
+
+CHANGES: dict[str, Any] = {
+    "spec.model.uri": "hf://ibm-granite/granite-3.1-8b-base",
+    "spec.model.revision": "main",
+    "spec.recipe": "TULU",
+    "spec.strategy": "ByLength",
+    "spec.phases[0].name": "other",
+    "spec.phases[0].data[0].format": "Pretraining",
+    "spec.epochs": 2,
+    "spec.validation": {"fraction": 0.1},
+    "spec.batch.effectiveBatchSize": 64,
+    "spec.optimizer.schedule": "Cosine",
+    "spec.trainer.nodes": 2,
+    "spec.trainer.image": "registry/other",
+    "spec.trainer.env": [{"name": "A", "value": "x"}],
+    "spec.trainer.resources": {"limits": {"cpu": 8}},
+    "spec.trainer.podTemplate": {"spec": {"hostNetwork": True}},
+    "spec.scheduling.priorityClassName": "high",
+    "spec.preparedData": {"uri": "s3://prepared/x"},
+    "spec.checkpoints.credentials": {"secretRef": {"name": "lab-s3"}},
+    "spec.checkpoints.uri": "s3://lab/runs/other",
+    "spec.checkpoints.every": {"minutes": 5},
+    "spec.checkpoints.export": "End",
+    "spec.seed": 1,
+}
+"""A change to the smallest manifest, to a field that is immutable."""
+
+LABELS = "metadata.labels"
+MAY_CHANGE: dict[str, Any] = {
+    "spec.checkpoints.keep": {"last": 5, "phaseEnds": False},
+    "spec.lifecycle": {"maxRestarts": 0, "activeDeadlineSeconds": 60, "hangTimeoutSeconds": 60},
+    "spec.suspend": True,
+    LABELS: {"team": "lab"},
+}
+"""A change that is let through."""

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import contextlib
-import copy
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,15 +8,15 @@ from typing import Any
 import pytest
 import yaml
 from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from sft_api.crd import FILE, MUTABLE, REASON, as_yaml, custom_resource_definition
 from sft_api.manifest import ManifestError, Problem, parse_job
 from sft_api.schema import structural
 from sft_api.spec import SFTJobSpec
 from tests.api.api_server import ApiServer
-from tests.api.jobs import GONE, change, document
-from tests.api.tables import BAD, GOOD, UNSEEN
+from tests.api.jobs import document
+from tests.api.mixed import mixed_documents
+from tests.api.tables import BAD, CHANGES, GOOD, LABELS, MAY_CHANGE, UNSEEN
 
 ROOT = Path(__file__).parents[2]
 CRD = custom_resource_definition()
@@ -148,32 +146,6 @@ def test_an_api_server_takes_what_validate_takes(case: str) -> None:
     assert SERVER.refusals(document(GOOD[case])) == []
 
 
-CHANGES: dict[str, Any] = {
-    "spec.model.uri": "hf://ibm-granite/granite-3.1-8b-base",
-    "spec.model.revision": "main",
-    "spec.recipe": "TULU",
-    "spec.strategy": "ByLength",
-    "spec.phases[0].name": "other",
-    "spec.phases[0].data[0].format": "Pretraining",
-    "spec.epochs": 2,
-    "spec.validation": {"fraction": 0.1},
-    "spec.batch.effectiveBatchSize": 64,
-    "spec.optimizer.schedule": "Cosine",
-    "spec.trainer.nodes": 2,
-    "spec.trainer.image": "registry/other",
-    "spec.trainer.env": [{"name": "A", "value": "x"}],
-    "spec.trainer.resources": {"limits": {"cpu": 8}},
-    "spec.trainer.podTemplate": {"spec": {"hostNetwork": True}},
-    "spec.scheduling.priorityClassName": "high",
-    "spec.preparedData": {"uri": "s3://prepared/x"},
-    "spec.checkpoints.credentials": {"secretRef": {"name": "lab-s3"}},
-    "spec.checkpoints.uri": "s3://lab/runs/other",
-    "spec.checkpoints.every": {"minutes": 5},
-    "spec.checkpoints.export": "End",
-    "spec.seed": 1,
-}
-
-
 @pytest.mark.parametrize("path", CHANGES)
 def test_a_change_is_refused_as_immutable(path: str) -> None:
     field = ".".join(path.split("[")[0].split(".")[: 3 if path.startswith("spec.checkpoints") else 2])
@@ -198,15 +170,6 @@ def test_the_order_of_phases_is_immutable() -> None:
     assert SERVER.refusals(turned, document()) == [".spec: spec.phases is immutable"]
 
 
-LABELS = "metadata.labels"
-MAY_CHANGE: dict[str, Any] = {
-    "spec.checkpoints.keep": {"last": 5, "phaseEnds": False},
-    "spec.lifecycle": {"maxRestarts": 0, "activeDeadlineSeconds": 60, "hangTimeoutSeconds": 60},
-    "spec.suspend": True,
-    LABELS: {"team": "lab"},
-}
-
-
 @pytest.mark.parametrize("path", MAY_CHANGE)
 def test_what_says_nothing_of_the_result_may_change_and_change_back(path: str) -> None:
     assert SERVER.refusals(document({path: MAY_CHANGE[path]}), document()) == []
@@ -222,25 +185,9 @@ def test_writing_a_default_out_is_no_change() -> None:
     assert SERVER.refusals(new, document()) == []
 
 
-PARTS = [part for changes in (*GOOD.values(), *(bad for bad, _ in BAD.values()), CHANGES) for part in changes.items()]
-VALUES = [None if value is GONE else value for _, value in PARTS]
-OWN: dict[str, list[Any]] = {
-    path: [value for other, value in PARTS if other == path and value is not GONE]
-    for path, value in PARTS
-    if value is not GONE and (path.startswith("spec.") or path == "metadata.name")
-}
-
-
 @settings(max_examples=300, deadline=None, derandomize=True)
-@given(data=st.data(), case=st.sampled_from(sorted(GOOD)))
-def test_api_server_and_validate_agree_on_what_is_neither_here_nor_there(data: st.DataObject, case: str) -> None:
-    """Good manifests, changed in three places with parts of the others."""
-    mixed = document(GOOD[case])
-    for _ in range(3):
-        path = data.draw(st.sampled_from(sorted(OWN)))
-        value = data.draw(st.sampled_from(OWN[path]) | st.sampled_from(VALUES))
-        with contextlib.suppress(AttributeError, TypeError, LookupError):  # no such place after the first change
-            change(mixed, path, copy.deepcopy(value))
+@given(mixed=mixed_documents())
+def test_api_server_and_validate_agree_on_what_is_neither_here_nor_there(mixed: dict[str, Any]) -> None:
     found: list[Problem] = []
     try:
         parse_job(mixed)
