@@ -22,10 +22,10 @@ def gang_exists(at: Situation) -> bool:
 
 
 def of_gangs(at: Situation) -> tuple[ObjectRef, ...]:
-    """What is to be deleted of the attempts so far: gangs once, pods only where nobody else will."""
+    """What is to be deleted of the attempts so far: gangs once, pods only where nobody else will, PodGroups last."""
     gangs = [ObjectRef("PyTorchJob", gang.name, gang.uid) for gang in at.observed.gangs if not gang.deleting]
     groups = [ObjectRef("PodGroup", group.name, group.uid) for group in at.observed.pod_groups if not group.deleting]
-    return (*gangs, *groups, *orphans(at), *stuck_pods(at))
+    return (*gangs, *orphans(at), *stuck_pods(at), *(() if gang_exists(at) else groups))
 
 
 def orphans(at: Situation) -> tuple[ObjectRef, ...]:

@@ -19,7 +19,7 @@ from sft_api.manifest import Problem
 from sft_api.pods import GangScheduler
 from sft_api.status import Attempt, ConditionType, SFTJobStatus, State
 from sft_operator import leftovers, objects
-from sft_operator.accounting import caught_up, with_attempt, with_next_attempt
+from sft_operator.accounting import caught_up, with_attempt, with_costs, with_next_attempt
 from sft_operator.admission import cluster_problems
 from sft_operator.conditions import MESSAGE_CHARACTERS, Verdict, clipped, conditions, judge
 from sft_operator.limits import hung, past_deadline, suspended_now, unplaced
@@ -59,7 +59,7 @@ def reconcile(job: SFTJob, observed: Observed, settings: Settings, now: datetime
         return wait_for_namesake(at, (*leftovers.of_gangs(before), *leftovers.of_preparation(before)))
     if not is_prepared(at):
         return prepare(at)
-    if leftovers.gang_exists(at):
+    if leftovers.gang_exists(at) or leftovers.of_gangs(at):
         return standing(at, State.RESTARTING, delete=leftovers.of_gangs(at))
     if at.gang_choice.missing is not None:
         return standing(at, State.PENDING)
@@ -135,8 +135,8 @@ def start_next(at: Situation) -> Decision:
     number = at.number + 1
     attempt = Attempt(name=labels.attempt(at.job.metadata.name, number), started=at.now)
     manifests = objects.attempt(at.job, number, at.gang_choice, at.settings)
-    left = tuple(ref for ref in leftovers.of_gangs(at) if ref.name != attempt.name)  # the last one's PodGroup at most
-    return standing(with_next_attempt(at, attempt), State.QUEUED, apply=(config(at), *manifests), delete=left)
+    begun = with_costs(with_next_attempt(at, attempt))
+    return standing(begun, State.QUEUED, apply=(config(at), *manifests))
 
 
 def run(at: Situation) -> Decision:

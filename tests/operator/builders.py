@@ -87,7 +87,13 @@ def make_attempt(number: int = 1, *, running: bool = True, started: datetime | N
 
 def ended_attempt(number: int = 1, reason: str = "Killed", **fields: Any) -> Attempt:
     """An attempt that failed an hour ago, unless the fields say otherwise."""
-    known: dict[str, Any] = {"ended": ago(3600), "reason": reason, "message": "it ended", "disruption": False}
+    known: dict[str, Any] = {
+        "ended": ago(3600),
+        "reason": reason,
+        "message": "it ended",
+        "disruption": False,
+        "held_seconds": 0.0,
+    }
     return make_attempt(number, started=ago(4200), **(known | fields))
 
 

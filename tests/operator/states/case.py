@@ -37,6 +37,8 @@ class Case:
     counts: tuple[int, int] = (0, 0)
     """Restarts and disruptions."""
     again: float | None = 10.0
+    steps: int = 1
+    """How many decisions it takes until nothing is left to do: more than one where the first asks for the next."""
 
     @property
     def job(self) -> SFTJob:

@@ -32,8 +32,8 @@ from tests.operator.states.preparing import failed
 
 RUNNING = make_status(attempts=(make_attempt(),))
 FIRST = ("granite-1",)
-GO = ("PyTorchJob/granite-1", "PodGroup/granite-1")
-"""What is deleted between two attempts."""
+GO = ("PyTorchJob/granite-1",)
+"""What is deleted at an attempt's end; its PodGroup goes when the pods are gone."""
 FAILED_GANG = {"gangs": (make_gang(failed="PyTorchJob granite-1 is failed because 1 Worker replica(s) failed."),)}
 TAINT = "DeletionByTaintManager: Taint manager: deleting due to NoExecute taint"
 DONE = (
@@ -268,13 +268,19 @@ TAKEN = (
         "the PyTorchJob is being deleted by somebody",
         all_running(gangs=(make_gang(deleting=True),)),
         RUNNING,
-        **restarts("Deleted", disruption=True) | {"deleted": ("PodGroup/granite-1",)},
+        **restarts("Deleted", disruption=True) | {"deleted": ()},
     ),
     Case(
         "the PyTorchJob was deleted by somebody",
         make_observed(),
         RUNNING,
         **restarts("Deleted", disruption=True) | {"deleted": ()},
+    ),
+    Case(
+        "the PyTorchJob and its pods were deleted by somebody, the PodGroup was not",
+        make_observed(pod_groups=(make_group(),)),
+        RUNNING,
+        **restarts("Deleted", disruption=True) | {"deleted": ("PodGroup/granite-1",)},
     ),
     Case(
         "the PyTorchJob was deleted, and its pods were not",
@@ -384,12 +390,21 @@ BETWEEN = (
         again=1.0,
     ),
     Case(
-        "the first back-off is over",
+        "the pods are gone, the PodGroup is not",
         make_observed(pod_groups=(make_group(1),)),
+        RESTARTING,
+        state=State.RESTARTING,
+        deleted=("PodGroup/granite-1",),
+        attempts=("granite-1 Killed",),
+        counts=(1, 0),
+        steps=2,
+    ),
+    Case(
+        "the first back-off is over",
+        make_observed(pod_groups=(make_group(1, deleting=True),)),
         make_status(State.RESTARTING, attempts=(ended_attempt(1, ended=ago(10)),), restarts=1),
         state=State.QUEUED,
         applied=(*CONFIG, "PodGroup/granite-2", "PyTorchJob/granite-2"),
-        deleted=("PodGroup/granite-1",),
         attempts=("granite-1 Killed", "granite-2"),
         counts=(1, 0),
     ),

@@ -215,6 +215,7 @@ CASES = (
         },
         applied=(*CONFIG, "PodGroup/granite-1"),
         attempts=FIRST,
+        steps=2,
     ),
     Case(
         "the pods are in no PodGroup",

@@ -185,6 +185,7 @@ CASES = (
         state=State.QUEUED,
         says={"Prepared": FIRST_PREPARED},
         again=0.0,
+        steps=2,
     ),
     Case(
         "the Job is complete before its pod's account is seen",
@@ -193,6 +194,7 @@ CASES = (
         state=State.QUEUED,
         says={"Prepared": ("True", "Prepared", "the data is prepared")},
         again=0.0,
+        steps=2,
     ),
     Case(
         "the account is seen later, with the gang on its way",
@@ -243,7 +245,7 @@ CASES = (
             ),
             "Prepared": ("False", "NotStarted", "the data is not prepared yet"),
         },
-        deleted=("PodGroup/granite-1", "Job/granite-prepare"),
+        deleted=("Job/granite-prepare",),
     ),
     Case(
         "only the pods of a namesake are left",

@@ -37,7 +37,7 @@ from tests.operator.states.preparing import failed
 RUNNING = make_status(attempts=(make_attempt(),))
 QUEUED = make_status(State.QUEUED, attempts=(make_attempt(running=False),))
 FIRST = ("granite-1",)
-GO = ("PyTorchJob/granite-1", "PodGroup/granite-1")
+GO = ("PyTorchJob/granite-1",)
 STOPPING = ("False", "Stopping", "suspending: the pods commit a checkpoint and end")
 HOLDING = ("True", "Suspended", "spec.suspend is true: no pods run; set it to false to go on")
 HELD_LONG = make_attempt(started=ago(3000))
@@ -298,7 +298,6 @@ SUSPENDED = (
         stopping(RUNNING),
         state=State.RUNNING,
         says={"Suspended": STOPPING},
-        deleted=("PodGroup/granite-1",),
         attempts=FIRST,
     ),
     Case(
@@ -308,6 +307,7 @@ SUSPENDED = (
         state=State.SUSPENDED,
         attempts=("granite-1 Suspended",),
         again=0.0,
+        steps=2,
     ),
 )
 
