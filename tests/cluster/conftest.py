@@ -16,7 +16,11 @@ import pytest
 
 from tests.cluster.bed import Cluster
 from tests.cluster.bring_up import Bed
+from tests.cluster.lab import lab, undisturbed_digest
 from tests.cluster.machine import traces, what_is_missing
+from tests.cluster.operator import operator
+
+__all__ = ["cluster", "lab", "operator", "undisturbed_digest"]
 
 
 @pytest.fixture(scope="session")
