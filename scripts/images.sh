@@ -54,11 +54,14 @@ debian_sources() {
   local uris main security
   uris="$(cat /etc/apt/sources.list /etc/apt/sources.list.d/*.sources /etc/apt/sources.list.d/*.list 2>/dev/null |
     grep -v '^ *#' | grep -oE 'https?://[^ ]+' | sed 's:/*$::' || true)"
-  main="$(grep -m 1 '/debian$' <<<"$uris" || echo http://deb.debian.org/debian)"
-  security="$(grep -m 1 '/debian-security$' <<<"$uris" || echo http://deb.debian.org/debian-security)"
+  main="$(grep -m 1 '/debian$' <<<"$uris")" || {
+    say "apt's sources on this machine name no Debian mirror to make $BASE from"
+    return 1
+  }
+  security="$(grep -m 1 '/debian-security$' <<<"$uris" || true)"
   echo "deb $main trixie main"
   echo "deb $main trixie-updates main"
-  echo "deb $security trixie-security main"
+  [ -z "$security" ] || echo "deb $security trixie-security main"
 }
 
 make_base() {
