@@ -60,17 +60,31 @@ def parse_job(document: object) -> SFTJob:
 
 
 def as_json(document: object) -> Any:
-    """`document` as an API server gets it: dates are text, keys are text, and a null in a mapping is not there."""
+    """`document` as an API server gets it: dates are text, keys are text, and a field that is null is not there."""
     try:
-        return without_nulls(json.loads(json.dumps(document, default=str)))
+        return without_nulls(json.loads(json.dumps(document, default=str)), structural(SFTJob))
     except (ValueError, TypeError, RecursionError) as error:
         raise ManifestError([Problem("", f"cannot be read as plain data: {error}")]) from error
 
 
-def without_nulls(node: Any) -> Any:
-    if isinstance(node, dict):
-        return {key: without_nulls(value) for key, value in node.items() if value is not None}
-    return [without_nulls(element) for element in node] if isinstance(node, list) else node
+def without_nulls(node: Any, schema: Schema) -> Any:
+    """A null stays where it stands for a field that does not exist, to be refused with it."""
+    if isinstance(node, list):
+        return [without_nulls(element, schema.get("items", {})) for element in node]
+    if not isinstance(node, dict):
+        return node
+    kept = {name: value for name, value in node.items() if value is not None or is_unknown(name, schema)}
+    return {name: without_nulls(value, field_of(schema, name)) for name, value in kept.items()}
+
+
+def is_unknown(name: str, schema: Schema) -> bool:
+    return "properties" in schema and name not in schema["properties"]
+
+
+def field_of(schema: Schema, name: str) -> Schema:
+    """The schema of a field; an empty one for what has none."""
+    found: Schema = schema.get("properties", {}).get(name, schema.get("additionalProperties", {}))
+    return found
 
 
 def broken_rules(model: type[ApiModel], given: Mapping[str, Any], path: str) -> Iterator[Problem]:
@@ -108,10 +122,7 @@ def schema_at(location: Location) -> Schema:
     """The schema of the field at `location`; an empty one for what has none."""
     node = structural(SFTJob)
     for step in location:
-        if isinstance(step, int):
-            node = node.get("items", {})
-        else:
-            node = node.get("properties", {}).get(step, node.get("additionalProperties", {}))
+        node = node.get("items", {}) if isinstance(step, int) else field_of(node, step)
     return node
 
 

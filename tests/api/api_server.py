@@ -43,18 +43,24 @@ class ApiServer:
 
     def refusals(self, given: dict[str, Any], old: dict[str, Any] | None = None) -> list[str]:
         """What is wrong with `given`, to be created, or to replace `old`; CEL is asked only where the schema holds."""
-        new = with_defaults(self.schema, without_nulls(given))
+        new = with_defaults(self.schema, without_nulls(self.schema, given))
         if (new.get("apiVersion"), new.get("kind")) != self.type:
             return ["no such kind"]
         found = list(schema_refusals(self.schema, new, ""))
-        before = with_defaults(self.schema, without_nulls(old)) if old is not None else None
+        before = with_defaults(self.schema, without_nulls(self.schema, old)) if old is not None else None
         return found or list(rule_refusals(self.schema, new, before, ""))
 
 
-def without_nulls(node: Any) -> Any:
-    if isinstance(node, dict):
-        return {key: without_nulls(value) for key, value in node.items() if value is not None}
-    return [without_nulls(value) for value in node] if isinstance(node, list) else node
+def without_nulls(schema: dict[str, Any], node: Any) -> Any:
+    """A field that is null is not there, but one that is unknown is refused all the same."""
+    if isinstance(node, list):
+        return [without_nulls(schema.get("items", {}), element) for element in node]
+    if not isinstance(node, dict):
+        return node
+    fields = schema.get("properties")
+    kept = {name: value for name, value in node.items() if value is not None or (fields and name not in fields)}
+    values = schema.get("additionalProperties", {})
+    return {name: without_nulls((fields or {}).get(name, values), value) for name, value in kept.items()}
 
 
 def with_defaults(schema: dict[str, Any], node: Any) -> Any:

@@ -199,6 +199,13 @@ BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
             f"spec.epoch: is no field of spec; did you mean epochs? allowed: {SPEC_FIELDS}",
         ],
     ),
+    "typo without a value": (
+        {"spec.phases[0].epoch": None},
+        [
+            "spec.phases[0].epoch: is no field of spec.phases[0]; did you mean epochs? "
+            "allowed: name (required), data (required), epochs, batch, optimizer"
+        ],
+    ),
     "typo in a list": (
         {"spec.phases[1].data[0].url": "s3://lab/skills.jsonl", "spec.phases[1].data[0].uri": GONE},
         [
