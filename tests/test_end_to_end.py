@@ -114,7 +114,7 @@ def test_a_run_against_s3_that_is_stopped_and_killed_ends_with_the_same_paramete
         for event in events(stopped):
             if event["event"] == "step" and event["step"] == 3:
                 with urllib.request.urlopen(f"http://127.0.0.1:{port}/progress") as answer:
-                    assert json.loads(answer.read())["totalSteps"] == 10
+                    assert json.loads(answer.read())["progress"]["totalSteps"] == 10
                 stopped.send_signal(signal.SIGTERM)
     assert stopped.returncode == ExitCode.PREEMPTED
     committed = rows(uri, tmp_path)[-1]

@@ -96,7 +96,8 @@ class Gang:
     def __post_init__(self) -> None:
         claim(self.store, self.attempt)
         options = {"patience": timedelta(seconds=20), **self.options}
-        common = {"attempt": self.attempt, "world": self.world, "staging": self.staging, "keep": self.keep, **options}
+        common = {"attempt": self.attempt, "world": self.world, "staging": self.staging, **options}
+        common["keep"] = lambda: self.keep
         self.writers = [CheckpointWriter(self.store, rank=rank, **common) for rank in range(self.world)]
 
     def begin(self, state: State, step: int, by_parameter: bool = False, **meta: Any) -> None:

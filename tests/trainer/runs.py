@@ -96,19 +96,27 @@ class Died(Exception):
 
 @dataclass
 class Script:
-    """What happens to a rank: told to stop, or dead, in the step of that number of this attempt."""
+    """What happens to a rank: told to stop, or dead, in the step of that number of this attempt.
+
+    `stop_at`: told to stop at what is called so, a step or anything else that takes long.
+    """
 
     stop_in: int | None = None
     die_in: int | None = None
+    stop_at: str | None = None
     steps: int = field(default=0, init=False)
+    stages: list[str] = field(default_factory=list, init=False)
 
     @property
     def is_set(self) -> bool:
-        """Asked for once in every step, after the optimizer's."""
-        self.steps += 1
         if self.steps == self.die_in:
             raise Died
-        return self.steps == self.stop_in
+        now = self.stages[-1] if self.stages else ""
+        return self.steps == self.stop_in or (self.stop_at is not None and now.startswith(self.stop_at))
+
+    def hear(self, stage: str) -> None:
+        self.stages.append(stage)
+        self.steps += stage.startswith("step ")
 
 
 @dataclass(frozen=True)
@@ -128,17 +136,29 @@ def attempt(run: str, number: int, work: str, script: Script) -> Ending:
     import torch.distributed as dist
 
     from sft_api.run import RunError
-    from sft_trainer.job import assemble
+    from sft_trainer.heartbeat import Heartbeat
+    from sft_trainer.job import Workplace, assemble, open_signals
+    from sft_trainer.rank import carry_out
     from sft_trainer.ranks import Ranks
-    from sft_trainer.train import Progress, train
+    from sft_trainer.stopping import Stopping
+    from sft_trainer.train import Progress
+
+    class Heard(Heartbeat):
+        """Tells the script as well."""
+
+        def beat(self, stage: str, patience: float = 0.0) -> None:
+            super().beat(stage, patience)
+            script.hear(stage)
 
     config = RunConfig.model_validate_json(run)
     ranks = Ranks(dist.get_rank(), dist.get_world_size(), dist.get_rank(), torch.device("cpu"))
     folder = Path(work) / f"attempt-{number}"
-    job, progress = None, Progress()
+    job, heartbeat = None, Heard(folder, ranks.rank)
+    signals, stop = open_signals(config, number, folder, ranks), Stopping(script, ranks)
+    workplace = Workplace(ranks, number, folder, signals, heartbeat, stop, lambda: config.checkpoints.keep)
     try:
-        job = assemble(config, number, Path(config.model.uri.removeprefix("file://")), folder, ranks)
-        train(job, script, progress)  # type: ignore[arg-type]
+        job = assemble(config, Path(config.model.uri.removeprefix("file://")), workplace)
+        carry_out(job, Progress())
         return Ending(0, "done")
     except RunError as error:
         return Ending(error.code, str(error))
@@ -147,8 +167,9 @@ def attempt(run: str, number: int, work: str, script: Script) -> Ending:
         job.saver.wait()
         return Ending(-9, "died")
     finally:
+        signals.close()
+        heartbeat.close()
         if job is not None:
-            job.signals.close()
             job.engine.destroy()
         dist.monitored_barrier(timeout=timedelta(seconds=60))
 

@@ -11,8 +11,11 @@ import pytest
 import torch
 
 from sft_api import names
-from sft_api.events import CheckpointCommitted, StepMetrics, ValidationMetrics
+from sft_api.events import CheckpointCommitted, Exported, PhasePlan, Started, StepMetrics
+from sft_api.report import TrainerReport
+from sft_api.status import ExportStatus, PhaseStatus
 from sft_trainer.model import ModelNumbers
+from sft_trainer.progress import Reporter, read_report
 from sft_trainer.signals import Monitor, Signals, peak_flops, training_flops
 from sft_trainer.store import Store
 
@@ -43,9 +46,34 @@ def a_step(number: int, **changes: object) -> StepMetrics:
     return StepMetrics.model_validate(facts | changes, by_name=True)
 
 
+STARTED = Started(
+    attempt=3,
+    total_steps=10,
+    phases=[PhasePlan(name="one", samples=40, epochs=1, steps=5), PhasePlan(name="two", samples=40, epochs=1, steps=5)],
+    resumed_from_step=4,
+    world_size=2,
+    zero_stage=1,
+    precision="FP32",
+    attention="sample_sdpa",
+    attention_reason="CPU",
+    packing="Packed",
+    parameters=1,
+    device="CPU",
+)
+
+
+def make_signals(folder: Path) -> Signals:
+    reporter = Reporter(3, folder)
+    return Signals(Store.open(f"file://{folder}"), 3, Monitor("granite", reporter), reporter)
+
+
 @pytest.fixture
-def signals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Signals:
-    return Signals(Store.open(f"file://{tmp_path}"), 3, Monitor("granite", total_steps=10))
+def signals(tmp_path: Path) -> Signals:
+    """Of an attempt that is about to take its first step."""
+    signals = make_signals(tmp_path)
+    signals.monitor.observe(STARTED)
+    signals.reporter.observe(STARTED)
+    return signals
 
 
 def get(port: int, path: str) -> str:
@@ -76,23 +104,71 @@ def test_every_figure_of_a_step_is_in_prometheus_form(signals: Signals) -> None:
     signals.close()
 
 
-def test_progress_says_how_far_it_is_and_how_long_it_will_take(signals: Signals) -> None:
+def told(port: int) -> TrainerReport:
+    return TrainerReport.model_validate_json(get(port, "/progress"))
+
+
+def test_progress_is_answered_before_there_is_any(tmp_path: Path) -> None:
+    signals = make_signals(tmp_path)
     port = signals.monitor.serve(0, "127.0.0.1")
-    signals.emit(a_step(5))  # the first of this attempt, which went on from step 4
-    signals.emit(a_step(6))
-    signals.emit(
-        ValidationMetrics(step=6, phase="one", loss=1.5, accuracy=0.3, samples=4, loss_tokens=9, seconds=1, time=1)
-    )
-    signals.emit(CheckpointCommitted(step=6, phase="one", uri="file:///x", bytes=1, seconds=1, stall_seconds=0, time=1))
-    progress = json.loads(get(port, "/progress"))
-    assert progress["step"] == 6
-    assert progress["percent"] == 60.0
-    assert progress["etaSeconds"] == 8.0
-    assert progress["validationLoss"] == 1.5
-    assert progress["checkpointStep"] == 6
+    assert told(port) == TrainerReport(attempt=3)
     assert get(port, "/healthz") == "ok\n"
     with pytest.raises(urllib.error.HTTPError, match="404"):
         get(port, "/elsewhere")
+    signals.close()
+
+
+def test_progress_says_how_far_it_is_and_how_long_it_will_take(signals: Signals, tmp_path: Path) -> None:
+    port = signals.monitor.serve(0, "127.0.0.1")
+    signals.know(productive_seconds=100.0)
+    signals.emit(a_step(5))  # the first of this attempt, which went on from step 4
+    signals.emit(a_step(6, phase="two"))
+    report = told(port)
+    assert report.resumed_from_step == 4
+    assert report.phase == PhaseStatus(name="two", index=1, count=2)
+    assert report.productive_seconds == 104.0
+    assert not report.complete
+    progress = json.loads(get(port, "/progress"))["progress"]
+    assert progress == {
+        "step": 6,
+        "totalSteps": 10,
+        "epoch": 1,
+        "samples": 48,
+        "tokens": 600,
+        "percent": 60,
+        "etaSeconds": 8,
+        "loss": 2.0 / 6,
+        "gradNorm": 0.5,
+        "learningRate": 2e-5,
+        "tokensPerSecond": 50.0,
+        "mfu": None,
+        "packingEfficiency": 0.99,
+        "heartbeat": "1970-01-01T00:16:52Z",
+    }
+    assert read_report(tmp_path) == report
+    signals.close()
+
+
+def test_the_report_has_the_newest_checkpoint_and_what_keeps_the_next_from_being_it(signals: Signals) -> None:
+    port = signals.monitor.serve(0, "127.0.0.1")
+    signals.know(checkpoint_problem="writing s3://b/k: SlowDown")
+    assert told(port).checkpoint_problem == "writing s3://b/k: SlowDown"
+    uri = "s3://b/ckpt/00000006/3"
+    signals.emit(CheckpointCommitted(step=6, phase="one", uri=uri, bytes=1, seconds=1, stall_seconds=0, time=1.9))
+    signals.emit(Exported(phase="one", step=6, uri="s3://b/export/one", seconds=1))
+    signals.know(complete=True)
+    report = told(port)
+    assert report.checkpoint_problem is None
+    assert report.checkpoint is not None
+    assert report.checkpoint.model_dump(mode="json") == {
+        "uri": uri,
+        "step": 6,
+        "phase": "one",
+        "time": "1970-01-01T00:00:01Z",
+        "verified": True,
+    }
+    assert report.export == ExportStatus(uri="s3://b/export/one")
+    assert report.complete
     signals.close()
 
 

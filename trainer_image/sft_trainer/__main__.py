@@ -1,7 +1,7 @@
 """The trainer's three commands: `prepare` the data, `train` (start this machine's ranks), and `rank` (be one of them).
 
     python -m sft_trainer prepare RUN_JSON
-    python -m sft_trainer train RUN_JSON --processes N [--attempt N]
+    python -m sft_trainer train RUN_JSON --processes N
 
 Whatever happens ends in one `finished` event, the exit code of `sft_api.run.ExitCode`, and, where a kubelet asks for
 it, a termination message.
@@ -10,6 +10,7 @@ it, a termination message.
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import os
 import shutil
 import signal
@@ -20,16 +21,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from pydantic import ValidationError
-
-from sft_api.events import Finished
+from sft_api.events import Event, PreparedMetrics
 from sft_api.run import ExitCode, RunConfig, RunError
-from sft_trainer.launch import Account, Gang, Outcome, run_ranks, write_account
+from sft_trainer.ending import Account, Outcome, finished, termination_message, write_account
+from sft_trainer.hang import STACKS_SIGNAL, stacks_file
+from sft_trainer.heartbeat import Heartbeat
+from sft_trainer.launch import Gang, Limits, run_ranks
 from sft_trainer.stopping import StopFlag
+from sft_trainer.told import read_config
 from sft_trainer.voice import claim_stdout, say
 
 TERMINATION_LOG = Path("/dev/termination-log")
-TERMINATION_LOG_BYTES = 4096
+GRACE_SECONDS = 270.0
+"""How long ranks that were told to stop may take to save, unless SFT_GRACE_SECONDS says otherwise."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -53,17 +57,9 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("run", type=Path, help="the resolved job, run.json")
     prepare.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)), help="tokenising processes")
     train.add_argument("--processes", type=int, default=1, help="ranks on this machine")
-    train.add_argument("--attempt", type=int, help="number of this attempt; unset: the next free one")
-    one.add_argument("--attempt", type=int, required=True)
+    one.add_argument("--attempt", type=int, default=0, help="number of this attempt; the first rank's counts")
     one.add_argument("--model", type=Path, required=True, help="folder of the base model")
     return top
-
-
-def read_config(path: Path) -> RunConfig:
-    try:
-        return RunConfig.model_validate_json(path.read_text())
-    except (OSError, ValidationError) as error:
-        raise RunError(ExitCode.CONFIGURATION, f"{path} is not a resolved job: {error}") from error
 
 
 def account_for(work: Callable[[], Outcome]) -> Outcome:
@@ -81,35 +77,16 @@ def account_for(work: Callable[[], Outcome]) -> Outcome:
         return Outcome(1, f"{type(error).__name__}: {error}")
 
 
-def finished(outcome: Outcome) -> Finished:
-    return Finished(
-        exit_code=outcome.code,
-        reason=reason(outcome.code),
-        message=outcome.message,
-        rank=outcome.rank,
-        step=outcome.step,
-        checkpoint_step=outcome.checkpoint_step,
-    )
-
-
 def finish(outcome: Outcome) -> None:
-    event = finished(outcome)
-    say(event)
+    say(finished(outcome))
     if TERMINATION_LOG.exists():
-        room = TERMINATION_LOG_BYTES - len(event.model_copy(update={"message": ""}).model_dump_json(by_alias=True)) - 8
-        short = event.model_copy(update={"message": event.message.encode()[: room // 2].decode(errors="ignore")})
-        TERMINATION_LOG.write_text(short.model_dump_json(by_alias=True))
-
-
-def reason(code: int) -> str:
-    """The exit code's name in the spelling of Kubernetes reasons."""
-    known = {member.value: "".join(word.title() for word in member.name.split("_")) for member in ExitCode}
-    return known.get(code, "Stopped" if code == 128 + signal.SIGINT else "Failed")
+        TERMINATION_LOG.write_text(termination_message(outcome))
 
 
 def prepare(options: argparse.Namespace, config: RunConfig) -> Outcome:
     """Tokenise the data; also the first proof of credentials, write permission, the model and a schedule that works."""
     from sft_trainer.preparation import prepare_job
+    from sft_trainer.prepared_plan import prepared_plan
     from sft_trainer.schedule import Schedule
     from sft_trainer.split import open_data
 
@@ -118,9 +95,17 @@ def prepare(options: argparse.Namespace, config: RunConfig) -> Outcome:
 
         load_config(folder, config.model)
 
-    data, _ = open_data(config, prepare_job(config, say, options.processes, check_model))
+    prepared: dict[str, PreparedMetrics] = {}
+
+    def note(event: Event) -> None:
+        if isinstance(event, PreparedMetrics):
+            prepared[event.phase] = event
+        say(event)
+
+    data, _ = open_data(config, prepare_job(config, note, options.processes, check_model))
     schedule = Schedule(config.phases, [len(phase.samples) for phase in data])
-    return Outcome(0, f"the data of {schedule.total_steps:,} steps is ready")
+    plan = prepared_plan(data, schedule, prepared)
+    return Outcome(0, f"the data of {schedule.total_steps:,} steps is ready", plan=plan)
 
 
 def told_to_stop(number: int, frame: object) -> None:
@@ -132,14 +117,23 @@ def train(options: argparse.Namespace, config: RunConfig) -> Outcome:
     from sft_trainer.preparation import claim_attempt, fetch, note_ending
 
     gang = Gang.from_environment(options.processes, os.environ)
-    attempt = options.attempt or claim_attempt(config)
+    limits = Limits(config.hang_timeout_seconds, float(os.environ.get("SFT_GRACE_SECONDS", GRACE_SECONDS)))
+    attempt = claim_attempt(config) if gang.first_rank == 0 else 0
     with work_folder() as work:
         model = fetch(config)
         command = ["-m", "sft_trainer", "rank", str(options.run), "--attempt", str(attempt), "--model", str(model)]
-        outcome = run_ranks(gang, command, work)
+        outcome = run_ranks(gang, command, work, limits, threads(config, gang))
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it has ended; only the account of it is left to be given
     if gang.first_rank == 0:
         note_ending(config, attempt, finished(outcome))
     return outcome
+
+
+def threads(config: RunConfig, gang: Gang) -> int:
+    """Of each rank. On the CPU always one, for sums depend on it: the same ranks give the same bits on any machine."""
+    if config.trainer.gpus_per_node == 0:
+        return 1
+    return max(1, len(os.sched_getaffinity(0)) // gang.processes)
 
 
 @contextmanager
@@ -157,21 +151,23 @@ def rank(options: argparse.Namespace) -> int:
     stop = StopFlag.on_sigterm()
     number = int(os.environ["RANK"])
     work = Path(os.environ["SFT_WORK"])
-    account = rank_account(options, work, stop)
+    stacks = stacks_file(work, number).open("w")  # stays open: written to when the launcher asks
+    faulthandler.register(STACKS_SIGNAL, file=stacks, all_threads=True)
+    account = rank_account(options, work, stop, Heartbeat(work, number))
     write_account(work, number, account)
     sys.stderr.flush()
     # Not sys.exit: after a failure NCCL's and gloo's threads may wait for peers that will never come.
     os._exit(account.code)
 
 
-def rank_account(options: argparse.Namespace, work: Path, stop: StopFlag) -> Account:
+def rank_account(options: argparse.Namespace, work: Path, stop: StopFlag, heartbeat: Heartbeat) -> Account:
     from sft_trainer.engine import as_run_error
     from sft_trainer.rank import run_rank
     from sft_trainer.train import Progress
 
     progress = Progress()
     try:
-        message = run_rank(read_config(options.run), options.attempt, options.model, work, stop, progress)
+        message = run_rank(options.run, options.attempt, options.model, work, stop, heartbeat, progress)
         code = int(ExitCode.COMPLETED)
     except BaseException as error:
         known = error if isinstance(error, RunError) else as_run_error(error)

@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 
 from sft_api.run import ExitCode, ResolvedOptimizer, RunError
 from sft_api.spec import OptimizerState
@@ -64,6 +66,10 @@ def load_deepspeed(device: torch.device) -> Any:
     return deepspeed
 
 
+JOIN_PATIENCE = timedelta(minutes=10)
+"""How long the ranks of other machines may start later: pulling the image, fetching the model. torch tries twice."""
+
+
 def init_distributed(device: torch.device, timeout: timedelta) -> tuple[int, int, int]:
     """Join the gang described by RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; collective.
 
@@ -78,6 +84,9 @@ def init_distributed(device: torch.device, timeout: timedelta) -> tuple[int, int
     else:
         torch.cuda.set_device(local_rank)
     backend = "gloo" if device.type == "cpu" else "nccl"
+    store, rank, world = next(rendezvous("env://", timeout=JOIN_PATIENCE))
+    bound = device if device.type == "cuda" and world > 1 else None  # as deepspeed would
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout, device_id=bound)
     with silenced():
         deepspeed.init_distributed(backend, auto_mpi_discovery=False, timeout=timeout, verbose=False)
     return dist.get_rank(), dist.get_world_size(), local_rank
@@ -375,4 +384,6 @@ def communication(words: str) -> RunError:
 
 
 def first_line(words: str) -> str:
-    return words.strip().partition("\n")[0][:300]
+    """Without the place in somebody else's source, and gloo's advice."""
+    line = words.strip().partition("\n")[0].partition(" This is typically caused")[0]
+    return re.sub(r"^\[\S+:\d+\] ", "", line)[:300]

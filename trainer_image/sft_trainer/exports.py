@@ -14,8 +14,10 @@ from sft_api import names
 from sft_api.events import Exported
 from sft_api.run import RunConfig
 from sft_api.spec import Export
+from sft_api.status import ExportStatus
 from sft_trainer.engine import Engine
 from sft_trainer.export import export_model, upload_export
+from sft_trainer.heartbeat import Heartbeat
 from sft_trainer.ranks import Ranks
 from sft_trainer.schedule import Cursor, Schedule
 from sft_trainer.signals import Signals
@@ -33,6 +35,7 @@ class Exports:
     tokenizer: PreTrainedTokenizerBase
     work: Path
     signals: Signals
+    heartbeat: Heartbeat
 
     def export_what_is_due(self, engine: Engine, schedule: Schedule, cursor: Cursor) -> None:
         """Export the model of the phase that has just ended, unless that was done before a restart; collective."""
@@ -42,8 +45,10 @@ class Exports:
         store = self.store.child(names.export(phase).rstrip("/"))
         is_there = self.ranks.is_first and exported_step(store) == cursor.step
         if self.ranks.gather([is_there])[0, 0]:
+            self.signals.know(export=ExportStatus(uri=store.uri))
             return
         started = time.perf_counter()
+        self.heartbeat.beat(f"exporting the model of phase {phase}")
         weights = engine.full_state_dict()
         if self.ranks.is_first:
             folder = self.work / "export"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import os
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -14,26 +16,44 @@ from transformers import PreTrainedModel
 
 from sft_api.events import Message, PhasePlan, Started
 from sft_api.run import ExitCode, RunConfig, RunError
-from sft_api.spec import Packing, Precision
+from sft_api.spec import Keep, Packing, Precision
+from sft_api.status import CheckpointStatus, PhaseStatus, Progress
 from sft_trainer.attention import choose_attention, padded_attention
 from sft_trainer.engine import Engine
 from sft_trainer.exports import Exports
+from sft_trainer.heartbeat import Heartbeat
 from sft_trainer.loss import PackedLM
 from sft_trainer.memory import memory_need
 from sft_trainer.model import ModelNumbers, load_model, model_numbers
 from sft_trainer.plan import Packer
 from sft_trainer.preparation import job_store, prepared_job
+from sft_trainer.progress import Reporter, percent, utc
 from sft_trainer.ranks import Ranks
 from sft_trainer.saving import Saver
 from sft_trainer.schedule import Cursor, Schedule
 from sft_trainer.signals import Monitor, NoSignals, Signals
 from sft_trainer.split import PhaseData, open_data
-from sft_trainer.store import Store
+from sft_trainer.stopping import Stopping
 from sft_trainer.tokenizer import load_tokenizer
 from sft_trainer.validation import Validation
 
-COLLECTIVE_TIMEOUT = timedelta(minutes=30)
-"""How long a rank waits for the others in one collective: longer than the longest export."""
+START_PATIENCE_SECONDS = 3600.0
+"""How long a rank may load, choose and restore."""
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """What a rank has before its job is put together."""
+
+    ranks: Ranks
+    attempt: int
+    work: Path
+    """A folder of this attempt, on this machine."""
+    signals: Signals
+    heartbeat: Heartbeat
+    stop: Stopping
+    keep: Callable[[], Keep]
+    """Which checkpoints to keep, as it is now."""
 
 
 @dataclass
@@ -51,13 +71,17 @@ class Job:
     saver: Saver
     exports: Exports
     signals: Signals
+    heartbeat: Heartbeat
+    stop: Stopping
     cursor: Cursor
 
     def validate(self, step: int, phase: str) -> float | None:
-        """Score the held-out data, if there is any; collective. Returns the loss."""
+        """Score the held-out data, if there is any; collective. The loss, or None where told to stop on the way."""
         if not self.validation.parts:
             return None
-        metrics = self.validation.score(self.engine, self.ranks, step, phase)
+        metrics = self.validation.score(self.engine, self.ranks, step, phase, self.stop, self.heartbeat)
+        if metrics is None:
+            return None
         if not math.isfinite(metrics.loss):
             raise RunError(
                 ExitCode.DIVERGED,
@@ -68,8 +92,11 @@ class Job:
         return metrics.loss
 
 
-def assemble(config: RunConfig, attempt: int, model_folder: Path, work: Path, ranks: Ranks) -> Job:
+def assemble(config: RunConfig, model_folder: Path, workplace: Workplace) -> Job:
     """Load, choose and restore until the next step can be taken; collective."""
+    ranks, signals, heartbeat, stop = workplace.ranks, workplace.signals, workplace.heartbeat, workplace.stop
+    heartbeat.beat("loading the model", START_PATIENCE_SECONDS)
+    stop.before_training()
     torch.manual_seed(config.seed + ranks.rank)
     store, prepared = job_store(config), prepared_job(config)
     tokenizer = load_tokenizer(model_folder, config.model)
@@ -77,6 +104,7 @@ def assemble(config: RunConfig, attempt: int, model_folder: Path, work: Path, ra
     model = load_model(model_folder, config.model, tokenizer, config.trainer.precision, config.seed)
     model.to(ranks.device)
     numbers = model_numbers(model.config)
+    stop.before_training()
     packing, attention, why = choose_packing(config, model, ranks)
     if config.trainer.activation_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
@@ -99,18 +127,32 @@ def assemble(config: RunConfig, attempt: int, model_folder: Path, work: Path, ra
         bf16=bf16,
         optimizer=config.phases[0].optimizer,
         device=ranks.device,
-        timeout=COLLECTIVE_TIMEOUT,
+        timeout=collective_timeout(config),
         prefix="model.",
     )
-    signals = open_signals(config, store, attempt, schedule.total_steps, ranks)
+    stop.before_training()
     for notice in packed.notices:
         signals.emit(Message(level="warning", text=notice))
-    saver = Saver(config, store, attempt, prepared, stage, schedule, ranks, signals, work)
+    heartbeat.beat("restoring the newest checkpoint", START_PATIENCE_SECONDS)
+    saver = Saver(
+        config,
+        store,
+        workplace.attempt,
+        prepared,
+        stage,
+        schedule,
+        ranks,
+        signals,
+        heartbeat,
+        workplace.work,
+        workplace.keep,
+    )
     cursor = saver.restore(engine)
-    exports = Exports(config, store, ranks, model, tokenizer, work, signals)
+    stop.before_training()
+    exports = Exports(config, store, ranks, model, tokenizer, workplace.work, signals, heartbeat)
     signals.emit(
         Started(
-            attempt=attempt,
+            attempt=workplace.attempt,
             total_steps=schedule.total_steps,
             phases=[
                 PhasePlan(name=phase.name, samples=phase.num_samples, epochs=phase.epochs, steps=phase.total_steps)
@@ -127,7 +169,47 @@ def assemble(config: RunConfig, attempt: int, model_folder: Path, work: Path, ra
             device=device_name(ranks.device),
         )
     )
-    return Job(config, ranks, numbers, engine, packer, data, schedule, validation, saver, exports, signals, cursor)
+    signals.know(**position(schedule, cursor, saver))
+    return Job(
+        config,
+        ranks,
+        numbers,
+        engine,
+        packer,
+        data,
+        schedule,
+        validation,
+        saver,
+        exports,
+        signals,
+        heartbeat,
+        stop,
+        cursor,
+    )
+
+
+def position(schedule: Schedule, cursor: Cursor, saver: Saver) -> dict[str, object]:
+    """What the report says before the first step of this attempt: how far the attempts before it came."""
+    index = min(cursor.phase, len(schedule.phases) - 1)
+    phase = schedule.phases[index]
+    progress = Progress(
+        step=cursor.step,
+        total_steps=schedule.total_steps,
+        epoch=min(cursor.epoch + 1, phase.epochs) if cursor.phase == index else phase.epochs,
+        samples=cursor.samples,
+        tokens=cursor.tokens,
+        percent=percent(cursor.step, schedule.total_steps),
+        heartbeat=utc(time.time()),
+    )
+    facts: dict[str, object] = {
+        "phase": PhaseStatus(name=phase.name, index=index, count=len(schedule.phases)),
+        "progress": progress,
+        "productive_seconds": saver.productive_seconds,
+    }
+    if (found := saver.resumed) is not None:  # its checksums were read when it was found
+        at, meta = utc(found.committed), found.meta
+        facts["checkpoint"] = CheckpointStatus(uri=found.uri, step=meta.step, phase=meta.phase, time=at, verified=True)
+    return facts
 
 
 def choose_packing(config: RunConfig, model: PreTrainedModel, ranks: Ranks) -> tuple[Packing, str, str]:
@@ -180,10 +262,17 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
 
-def open_signals(config: RunConfig, store: Store, attempt: int, total_steps: int, ranks: Ranks) -> Signals:
+def collective_timeout(config: RunConfig) -> timedelta:
+    """How long a rank waits for the others in one collective. The launcher's watchdog speaks before."""
+    return timedelta(seconds=max(config.hang_timeout_seconds, START_PATIENCE_SECONDS) + 600)
+
+
+def open_signals(config: RunConfig, attempt: int, work: Path, ranks: Ranks) -> Signals:
+    """The first rank's; it serves them from now on where a port is given."""
     if not ranks.is_first:
         return NoSignals()
-    monitor = Monitor(config.name, total_steps)
+    reporter = Reporter(attempt, work)
+    monitor = Monitor(config.name, reporter)
     if port := os.environ.get("SFT_METRICS_PORT"):
         monitor.serve(int(port), os.environ.get("SFT_METRICS_ADDRESS", "127.0.0.1"))
-    return Signals(store, attempt, monitor)
+    return Signals(job_store(config), attempt, monitor, reporter)

@@ -13,36 +13,21 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pydantic import BaseModel
-
+from sft_api.report import TrainerReport
 from sft_api.run import ExitCode
+from sft_trainer.ending import End, Outcome, cause, read_account
+from sft_trainer.hang import Hang, find_hang, tell_stacks
+from sft_trainer.heartbeat import JOINING, Heartbeat, read_beat
+from sft_trainer.progress import read_report
 from sft_trainer.voice import event_stream
 
-SETTLE_SECONDS = 3.0
-"""How long after the first failure the others' own accounts are waited for: the first to exit is rarely the cause."""
-
-
-class Account(BaseModel):
-    """What a rank says of its own end, in `account-<rank>.json` of the work folder."""
-
-    code: int
-    message: str
-    step: int | None = None
-    checkpoint_step: int | None = None
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How the ranks of this machine ended."""
-
-    code: int
-    message: str
-    rank: int | None = None
-    step: int | None = None
-    checkpoint_step: int | None = None
+JOIN_PATIENCE_SECONDS = 3600.0
+"""How long the ranks may take to meet, whatever the hang time-out: they give up themselves before that."""
+POLL_SECONDS = 0.2
+NO_FAILURE = (0, ExitCode.PREEMPTED)
 
 
 @dataclass(frozen=True)
@@ -57,11 +42,35 @@ class Gang:
 
     @classmethod
     def from_environment(cls, processes: int, environment: Mapping[str, str]) -> Gang:
-        """A gang of one machine, or of several as PyTorchJob tells them: RANK and WORLD_SIZE count pods."""
-        nodes, node = int(environment.get("WORLD_SIZE", "1")), int(environment.get("RANK", "0"))
-        address = environment.get("MASTER_ADDR", "127.0.0.1")
-        port = int(environment["MASTER_PORT"]) if nodes > 1 else free_port()
-        return cls(processes, nodes * processes, node * processes, address, port)
+        """A gang of one machine, or of as many pods as the training operator says.
+
+        Its RANK and WORLD_SIZE are not asked: the one counts pods, the other processes.
+        """
+        nodes, node = int(environment.get("PET_NNODES", "1")), int(environment.get("PET_NODE_RANK", "0"))
+        if nodes == 1:
+            return cls(processes, processes, 0, "127.0.0.1", free_port())
+        port = int(environment["MASTER_PORT"])
+        return cls(processes, nodes * processes, node * processes, environment["MASTER_ADDR"], port)
+
+    @property
+    def ranks(self) -> range:
+        """Of this machine."""
+        return range(self.first_rank, self.first_rank + self.processes)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How long the ranks may take."""
+
+    hang_seconds: float
+    """For one step, or anything else that comes to no end."""
+    grace_seconds: float
+    """To save and end, once told to stop."""
+    settle_seconds: float = 3.0
+    """To give their own accounts after the first failure: the first to exit is rarely the cause."""
+    stacks_seconds: float = 5.0
+    """To write their stacks when they hang, and for other machines' launchers to see that their ranks hang as well:
+    when ours are killed, theirs end of a lost connection."""
 
 
 def free_port() -> int:
@@ -70,14 +79,14 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def run_ranks(gang: Gang, command: list[str], work: Path) -> Outcome:
-    """Run `command` once for each rank of this machine and wait until all have ended.
+def run_ranks(gang: Gang, command: list[str], work: Path, limits: Limits, threads: int) -> Outcome:
+    """Run `command` once for each rank of this machine, with so many threads, and wait until all have ended.
 
     SIGTERM or SIGINT is passed on once, as SIGTERM: the ranks agree on a step, save and exit 30. The second time they
     are killed.
     """
-    children = [start(gang, command, work, local_rank) for local_rank in range(gang.processes)]
-    supervisor = Supervisor(children)
+    children = {rank: start(gang, command, work, rank, threads) for rank in gang.ranks}
+    supervisor = Supervisor(children, work, limits)
     previous = {number: signal.signal(number, supervisor.on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         supervisor.wait()
@@ -85,28 +94,26 @@ def run_ranks(gang: Gang, command: list[str], work: Path) -> Outcome:
         supervisor.kill()
         for number, handler in previous.items():
             signal.signal(number, handler)
-    if supervisor.signals > 1:
-        return Outcome(128 + signal.SIGINT, "stopped at once; what was committed before counts")
-    ends = [
-        End(child.returncode, child in supervisor.killed, read_account(work, gang.first_rank + local))
-        for local, child in enumerate(children)
-    ]
-    return cause(ends, gang.first_rank)
+    return with_report(supervisor.outcome(gang.first_rank), read_report(work))
 
 
-@dataclass(frozen=True)
-class End:
-    """How one rank ended: its exit code (negative: the signal), whether we killed it, and what it said itself."""
+def with_report(outcome: Outcome, report: TrainerReport | None) -> Outcome:
+    """The outcome with what the first rank last knew, and with that for what the likeliest cause did not say itself."""
+    if report is None:
+        return outcome
+    step = outcome.step if outcome.step is not None or report.progress is None else report.progress.step
+    committed = report.checkpoint.step if report.checkpoint else outcome.checkpoint_step
+    return replace(outcome, report=report, step=step, checkpoint_step=committed)
 
-    code: int
-    killed_by_us: bool
-    account: Account | None
 
-
-def start(gang: Gang, command: list[str], work: Path, local_rank: int) -> subprocess.Popen[bytes]:
+def start(gang: Gang, command: list[str], work: Path, rank: int, threads: int) -> subprocess.Popen[bytes]:
+    heartbeat = Heartbeat(work, rank)
+    heartbeat.beat(JOINING, JOIN_PATIENCE_SECONDS)
+    heartbeat.close()
+    local_rank = str(rank - gang.first_rank)
     environment = os.environ | {
-        "RANK": str(gang.first_rank + local_rank),
-        "LOCAL_RANK": str(local_rank),
+        "RANK": str(rank),
+        "LOCAL_RANK": local_rank,
         "WORLD_SIZE": str(gang.world),
         "LOCAL_WORLD_SIZE": str(gang.processes),
         "LOCAL_SIZE": str(gang.processes),
@@ -114,38 +121,78 @@ def start(gang: Gang, command: list[str], work: Path, local_rank: int) -> subpro
         "MASTER_PORT": str(gang.port),
         "SFT_WORK": str(work),
     }
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // gang.processes)))
+    environment.setdefault("OMP_NUM_THREADS", str(threads))
     return subprocess.Popen([sys.executable, *command], env=environment, stdout=event_stream(), start_new_session=True)
 
 
 class Supervisor:
-    """Waits for the ranks; ends the others when one has failed."""
+    """Waits for the ranks; ends the others when one has failed, and all when they hang or take too long to stop."""
 
-    def __init__(self, children: list[subprocess.Popen[bytes]]):
-        self.children = children
+    def __init__(self, children: dict[int, subprocess.Popen[bytes]], work: Path, limits: Limits):
+        self.children, self.work, self.limits = children, work, limits
         self.signals = 0
-        self.killed: set[subprocess.Popen[bytes]] = set()
+        self.killed: set[int] = set()
+        self._told_at: float | None = None
+        self._failed_at: float | None = None
+        self._hang: Hang | None = None
+        self._stopped: str | None = None
+        """Why we ended ranks that were told to stop."""
 
     def on_signal(self, number: int, frame: object) -> None:
         self.signals += 1
         if self.signals > 1:
             self.kill()
-        else:
-            for child in self.children:
-                if child.poll() is None:
-                    child.send_signal(signal.SIGTERM)
+            return
+        self._told_at = time.monotonic()
+        for child in self.children.values():
+            if child.poll() is None:
+                child.send_signal(signal.SIGTERM)
 
     def wait(self) -> None:
-        failed_at: float | None = None
-        while None in (codes := [child.poll() for child in self.children]):
-            if failed_at is None and any(codes):
-                failed_at = time.monotonic()
-            if failed_at is not None and time.monotonic() - failed_at > SETTLE_SECONDS and not self.signals:
+        while any(child.poll() is None for child in self.children.values()):
+            self._end_what_goes_no_further()
+            self._wait_for_any(POLL_SECONDS)
+
+    def outcome(self, first_rank: int) -> Outcome:
+        """How the ranks, now ended, came to their end."""
+        if self.signals > 1:
+            return Outcome(128 + signal.SIGINT, "stopped at once; what was committed before counts")
+        if self._hang is not None:
+            return Outcome(ExitCode.HUNG, self._hang.message, self._hang.rank)
+        if self._stopped is not None:
+            return Outcome(ExitCode.PREEMPTED, self._stopped)
+        ends = [
+            End(child.returncode, rank in self.killed, read_account(self.work, rank))
+            for rank, child in self.children.items()
+        ]
+        return cause(ends, first_rank)
+
+    def _end_what_goes_no_further(self) -> None:
+        now = time.monotonic()
+        if self._failed_at is None and any(child.poll() not in (None, *NO_FAILURE) for child in self.children.values()):
+            self._failed_at = now
+        if self._failed_at is not None:
+            if now - self._failed_at > self.limits.settle_seconds:
                 self.kill()
-            self._wait_for_any(0.2)
+        elif self._told_at is not None and self._is_joining():
+            self._stopped = "told to stop before the ranks had met; run again to go on"
+            self.kill()
+        elif self._told_at is not None and now - self._told_at > self.limits.grace_seconds:
+            seconds = f"{self.limits.grace_seconds:,.0f} s"
+            self._stopped = f"told to stop, and not done with saving after {seconds}: what was committed before counts"
+            self.kill()
+        elif hang := find_hang(self.children, self.work, self.limits.hang_seconds):
+            tell_stacks(self.children, self.work, self.limits.stacks_seconds)
+            self._hang = hang
+            self.kill()
+
+    def _is_joining(self) -> bool:
+        """Whether a rank still waits for others, where it cannot hear that it should stop."""
+        beats = (read_beat(self.work, rank) for rank, child in self.children.items() if child.poll() is None)
+        return any(beat is not None and beat.stage == JOINING for beat in beats)
 
     def _wait_for_any(self, seconds: float) -> None:
-        running = next((child for child in self.children if child.poll() is None), None)
+        running = next((child for child in self.children.values() if child.poll() is None), None)
         if running is not None:
             try:
                 running.wait(seconds)
@@ -154,46 +201,8 @@ class Supervisor:
 
     def kill(self) -> None:
         """End whatever still runs, with its own children."""
-        for child in self.children:
+        for rank, child in self.children.items():
             if child.poll() is None:
-                self.killed.add(child)
+                self.killed.add(rank)
                 os.killpg(child.pid, signal.SIGKILL)
                 child.wait()
-
-
-def cause(ends: list[End], first_rank: int) -> Outcome:
-    """The outcome of the gang: what stopped the first rank, rather than the complaints of those it left behind."""
-    local = min(range(len(ends)), key=lambda index: (distance_from_cause(ends[index]), index))
-    end, rank = ends[local], first_rank + local
-    if end.account is not None and end.account.code == end.code:
-        return Outcome(end.code, end.account.message, rank, end.account.step, end.account.checkpoint_step)
-    if end.code < 0:
-        return Outcome(128 - end.code, f"rank {rank} was killed by {signal.Signals(-end.code).name}", rank)
-    if end.code > 0:
-        return Outcome(end.code, f"rank {rank} ended with exit code {end.code}; its last words are in the log", rank)
-    return Outcome(0, "completed", rank)
-
-
-def distance_from_cause(end: End) -> int:
-    """0 is the likeliest cause. A rank that lost its peers complains of communication: believe it last."""
-    if end.code == 0:
-        return 4
-    if end.killed_by_us:
-        return 3
-    if end.account is not None and end.account.code == ExitCode.COMMUNICATION:
-        return 2
-    if end.account is not None and end.account.code == ExitCode.PREEMPTED:
-        return 1
-    return 0
-
-
-def read_account(work: Path, rank: int) -> Account | None:
-    path = work / f"account-{rank}.json"
-    return Account.model_validate_json(path.read_text()) if path.exists() else None
-
-
-def write_account(work: Path, rank: int, account: Account) -> None:
-    """Called by a rank at its end; whole or not at all."""
-    partial = work / f".account-{rank}.json"
-    partial.write_text(account.model_dump_json())
-    partial.rename(work / f"account-{rank}.json")

@@ -9,31 +9,50 @@ import torch
 
 from sft_api.run import ExitCode, RunConfig, RunError
 from sft_trainer.engine import init_distributed
-from sft_trainer.job import COLLECTIVE_TIMEOUT, assemble
+from sft_trainer.heartbeat import Heartbeat
+from sft_trainer.job import Job, Workplace, assemble, collective_timeout, open_signals
 from sft_trainer.ranks import Ranks
-from sft_trainer.stopping import StopFlag
+from sft_trainer.stopping import StopFlag, Stopping
+from sft_trainer.told import KeepAsTold, read_config
 from sft_trainer.train import Progress, train
 
 
 def run_rank(
-    config: RunConfig, attempt: int, model_folder: Path, work: Path, stop: StopFlag, progress: Progress
+    run: Path, attempt: int, model_folder: Path, work: Path, flag: StopFlag, heartbeat: Heartbeat, progress: Progress
 ) -> str:
-    """Join the gang and train; returns what was achieved, in a sentence. `progress` is kept current for the account."""
+    """Join the gang and train; returns what was achieved, in a sentence. `progress` is kept current for the account.
+
+    `attempt`: its number, from the first rank; the others are told by it.
+    """
+    config = read_config(run)
+    ranks = join(config)
+    attempt = int(ranks.gather([attempt])[0, 0])
+    signals = open_signals(config, attempt, work, ranks)
+    stop = Stopping(flag, ranks)
+    try:
+        job = assemble(config, model_folder, Workplace(ranks, attempt, work, signals, heartbeat, stop, KeepAsTold(run)))
+        carry_out(job, progress)
+    finally:
+        signals.close()
+    return f"trained {job.schedule.total_steps:,} steps; results are under {config.checkpoints.uri}"
+
+
+def join(config: RunConfig) -> Ranks:
     device = choose_device(config)
     if device.type == "cpu":
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    ranks = Ranks(*init_distributed(device, COLLECTIVE_TIMEOUT), device)
-    job = assemble(config, attempt, model_folder, work, ranks)
+    return Ranks(*init_distributed(device, collective_timeout(config)), device)
+
+
+def carry_out(job: Job, progress: Progress) -> None:
     try:
-        train(job, stop, progress)
+        train(job, progress)
     except RunError as error:
         if error.code is ExitCode.DIVERGED:  # on all ranks alike, and a save on its way is from before
             job.saver.wait()
         raise
     finally:
         progress.checkpoint_step = job.saver.committed_step
-        job.signals.close()
-    return f"trained {job.schedule.total_steps:,} steps; results are under {config.checkpoints.uri}"
 
 
 def choose_device(config: RunConfig) -> torch.device:

@@ -4,23 +4,34 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
-from sft_api.events import CheckpointCommitted, Message
-from sft_api.run import RunConfig
+import numpy as np
+from numpy.typing import NDArray
+
+from sft_api.events import Message
+from sft_api.run import ExitCode, RunConfig, RunError
+from sft_api.spec import Keep
 from sft_trainer.checkpoint import Checkpoint, CheckpointMeta, CheckpointWriter, complete_places, newest_complete
 from sft_trainer.checkpoint.rng import capture_rng, restore_rng
 from sft_trainer.engine import Engine
+from sft_trainer.heartbeat import Heartbeat
 from sft_trainer.prepare import PreparedJob
+from sft_trainer.progress import PROBLEM_LENGTH
 from sft_trainer.ranks import Ranks
 from sft_trainer.schedule import Cursor, Schedule
 from sft_trainer.signals import Signals
 from sft_trainer.store import Store
 from sft_trainer.validation import crossed
+from sft_trainer.voice import say
 
 LIBRARIES = ("sftjob", "torch", "transformers", "deepspeed")
+COMMIT_PATIENCE_SECONDS = 3600.0
+"""How long a commit may be waited for: longer than the writers' own patience, which says what was missing."""
+POLL_SECONDS = 0.2
 
 
 class Saver:
@@ -36,13 +47,23 @@ class Saver:
         schedule: Schedule,
         ranks: Ranks,
         signals: Signals,
+        heartbeat: Heartbeat,
         staging: Path,
+        keep: Callable[[], Keep],
     ):
+        """`keep`: asked anew at every step and commit, for it may change."""
         self.config, self.store, self.attempt, self.stage = config, store, attempt, stage
         self.schedule, self.ranks, self.signals, self.staging = schedule, ranks, signals, staging
+        self.heartbeat, self._keep = heartbeat, keep
         self.fingerprints = identity(config, prepared)
+        self.resumed: Checkpoint | None = None
+        """What this attempt went on from."""
+        self.problem: str | None = None
+        """What keeps this rank's newest save from going on."""
+        self.productive_seconds = 0.0
+        """Wall time of the steps that still count, through all attempts."""
+        self._told: str | None = None
         self._stall_seconds = 0.0
-        self.committed_step: int | None = None
         self._writer: CheckpointWriter | None = None
         self._last_save = time.monotonic()
 
@@ -55,25 +76,32 @@ class Saver:
             engine.restore(checkpoint)
             if checkpoint.meta.world_size == self.ranks.world and (state := checkpoint.rank_state(self.ranks.rank)):
                 restore_rng(state)
-            self.committed_step = step
+            self.resumed = checkpoint
+            self.productive_seconds = checkpoint.meta.productive_seconds
         self._writer = CheckpointWriter(
             self.store,
             attempt=self.attempt,
             rank=self.ranks.rank,
             world=self.ranks.world,
             staging=self.staging,
-            keep=self.config.checkpoints.keep,
+            keep=self._keep,
             resumed_from=step if checkpoint else None,
             before_commit=self.signals.flush,
-            on_commit=self._on_commit,
+            on_commit=self.signals.emit,
+            on_problem=self._on_problem,
         )
         self._last_save = time.monotonic()
         return Cursor(**checkpoint.meta.cursor) if checkpoint else self.schedule.start()
 
     @property
     def keeps_the_best(self) -> bool:
-        """Whether checkpoints are compared by their held-out loss, so that each needs one."""
-        return self.config.checkpoints.keep.best > 0
+        """Whether checkpoints are compared by their held-out loss, so that each needs one; the first rank's counts."""
+        return self._keep().best > 0
+
+    @property
+    def committed_step(self) -> int | None:
+        """Step of the newest checkpoint that this rank knows to be committed."""
+        return self._writer.committed_step if self._writer else None
 
     def minutes_are_up(self) -> bool:
         """Whether this rank's clock says that a save is due; the first rank's counts."""
@@ -85,8 +113,22 @@ class Saver:
         every = self.config.checkpoints.every
         return self.schedule.is_phase_end(after) or minutes_are_up or crossed(every, before, after)
 
-    def save(self, engine: Engine, before: Cursor, after: Cursor, digest: str, validation_loss: float | None) -> None:
-        """Stage this rank's state, and upload and commit it while training goes on."""
+    def save(
+        self,
+        engine: Engine,
+        before: Cursor,
+        after: Cursor,
+        digest: str,
+        validation_loss: float | None,
+        to_be_scored: bool,
+    ) -> None:
+        """Stage this rank's state, and upload and commit it while training goes on; collective.
+
+        Waits first for the save before, if that is still on its way.
+        """
+        started = time.perf_counter()
+        self.wait()
+        self.heartbeat.beat(f"staging the checkpoint of step {after.step}")
         assert self._writer is not None
         meta = CheckpointMeta(
             step=after.step,
@@ -103,10 +145,21 @@ class Saver:
             versions={library: version(library) for library in LIBRARIES},
             samples_digest=digest,
             validation_loss=validation_loss,
+            to_be_scored=to_be_scored,
+            productive_seconds=self.productive_seconds,
             time=time.time(),
         )
-        self._stall_seconds += self._writer.save(engine.pieces(), capture_rng(), meta)
+        self._writer.save(engine.pieces(), capture_rng(), meta, waited=time.perf_counter() - started)
+        self._stall_seconds += time.perf_counter() - started
         self._last_save = time.monotonic()
+
+    def hear_of_problems(self, has_one: NDArray[np.float64]) -> None:
+        """Take in which ranks' saves do not come through: the first tells of all."""
+        ranks = has_one.nonzero()[0]
+        words = f"rank {ranks[0]} cannot save its state; the log of its machine says why" if len(ranks) else None
+        if words != self._told and self.problem is None:
+            self._told = words
+            self.signals.know(checkpoint_problem=words)
 
     def take_stall_seconds(self) -> float:
         """How long saves have held training up since this was last asked."""
@@ -114,13 +167,33 @@ class Saver:
         return taken
 
     def wait(self) -> None:
-        """Return when what was saved is committed."""
-        assert self._writer is not None
-        self._writer.wait()
+        """Return when what was saved is committed; collective, so that the end of a rank ends the wait of the others.
 
-    def _on_commit(self, event: CheckpointCommitted) -> None:
-        self.committed_step = event.step
-        self.signals.emit(event)
+        What keeps any rank from it is raised on all.
+        """
+        assert self._writer is not None
+        self.heartbeat.beat("waiting for a checkpoint to be committed", COMMIT_PATIENCE_SECONDS)
+        seconds = 0.0
+        while True:
+            settled = self._writer.has_settled(seconds)
+            everyone = self.ranks.gather([settled, exit_code(self._writer.failure)])
+            if everyone[:, 1].any() or everyone[:, 0].all():
+                break
+            seconds = POLL_SECONDS
+        if self._writer.failure is not None or not everyone[:, 1].any():
+            self._writer.wait()
+            return
+        failed = int(everyone[:, 1].nonzero()[0][0])
+        code = int(everyone[failed, 1])
+        message = f"rank {failed} could not save its state; the log of its machine says why"
+        raise RunError(ExitCode(code) if code in list(ExitCode) else ExitCode.COMMUNICATION, message)
+
+    def _on_problem(self, problem: str | None) -> None:
+        if problem is not None and problem != self.problem:
+            words = f"the checkpoint does not come through and is tried again: {problem}"
+            say(Message(level="warning", text=words))
+        self.problem = problem
+        self.signals.know(checkpoint_problem=problem and problem[:PROBLEM_LENGTH])
 
     def _warn(self, text: str) -> None:
         self.signals.emit(Message(level="warning", text=text))
@@ -139,6 +212,13 @@ class Saver:
         problem = checkpoint.verify(share)
         broken = self.ranks.gather([problem is not None])[:, 0].any()
         return problem or ("another rank found it damaged" if broken else None)
+
+
+def exit_code(failure: BaseException | None) -> int:
+    """0 where there is none; 1 for what has no code of its own."""
+    if failure is None:
+        return 0
+    return int(failure.code) if isinstance(failure, RunError) else 1
 
 
 def identity(config: RunConfig, prepared: PreparedJob) -> dict[str, str]:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import resource
 import threading
-import time
 from collections.abc import Iterable
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 from wsgiref.types import StartResponse, WSGIEnvironment
@@ -14,9 +12,10 @@ import torch
 from prometheus_client import CollectorRegistry, Counter, Gauge, make_wsgi_app
 
 from sft_api import names
-from sft_api.events import CheckpointCommitted, Event, Message, StepMetrics, ValidationMetrics
+from sft_api.events import CheckpointCommitted, Event, Message, Started, StepMetrics, ValidationMetrics
 from sft_api.run import RunError
 from sft_trainer.model import ModelNumbers
+from sft_trainer.progress import Reporter
 from sft_trainer.store import Store
 from sft_trainer.voice import say
 
@@ -57,10 +56,10 @@ def peak_memory(device: torch.device) -> float:
 
 
 class Signals:
-    """Where events go: to stdout, to the store and to the monitor, from the first rank alone."""
+    """Where events go: to stdout, to the store, the monitor and the report, from the first rank alone."""
 
-    def __init__(self, store: Store, attempt: int, monitor: Monitor):
-        self.monitor = monitor
+    def __init__(self, store: Store, attempt: int, monitor: Monitor, reporter: Reporter):
+        self.monitor, self.reporter = monitor, reporter
         self._steps = MetricsFile(store, names.metrics(attempt))
         self._events = MetricsFile(store, names.events(attempt))
 
@@ -68,6 +67,11 @@ class Signals:
         say(event)
         (self._steps if isinstance(event, StepMetrics) else self._events).add(event)
         self.monitor.observe(event)
+        self.reporter.observe(event)
+
+    def know(self, **facts: object) -> None:
+        """Take over fields of the report that no event tells."""
+        self.reporter.know(**facts)
 
     def flush(self) -> None:
         """Bring what was emitted into the store, now: a checkpoint is committed only after the steps it stands for."""
@@ -87,6 +91,9 @@ class NoSignals(Signals):
         return
 
     def emit(self, event: Event) -> None:
+        return
+
+    def know(self, **facts: object) -> None:
         return
 
     def flush(self) -> None:
@@ -138,7 +145,7 @@ class MetricsFile:
 
 
 class Monitor:
-    """Prometheus gauges of the newest step, and an HTTP server for them where a port is given."""
+    """Prometheus gauges of the newest step, and an HTTP server for them and the report where a port is given."""
 
     GAUGES = {
         "loss": "Mean cross-entropy over the loss tokens of the newest step",
@@ -160,59 +167,38 @@ class Monitor:
         "epoch": "Pass over the phase's data",
     }
 
-    def __init__(self, job: str, total_steps: int):
+    def __init__(self, job: str, reporter: Reporter):
         self.registry = CollectorRegistry()
-        self._job, self._total_steps = job, total_steps
+        self._job, self._reporter = job, reporter
         self._gauges = {
             name: Gauge(f"sft_{name}", text, ["job", "phase"], registry=self.registry)
             for name, text in self.GAUGES.items()
         }
-        total = Gauge("sft_total_steps", "Optimizer steps of the whole job", ["job"], registry=self.registry)
-        total.labels(job).set(total_steps)
+        self._total = Gauge("sft_total_steps", "Optimizer steps of the whole job", ["job"], registry=self.registry)
         self._validation = Gauge("sft_validation_loss", "Held-out loss", ["job"], registry=self.registry)
         self._accuracy = Gauge("sft_validation_accuracy", "Held-out token accuracy", ["job"], registry=self.registry)
         self._checkpoint = Gauge("sft_checkpoint_step", "Newest committed checkpoint", ["job"], registry=self.registry)
         self._checkpoints = Counter("sft_checkpoints", "Checkpoints committed", ["job"], registry=self.registry)
-        self._progress: dict[str, object] = {"totalSteps": total_steps, "step": 0, "heartbeat": time.time()}
-        self._first: tuple[float, int] | None = None
         self._server: WSGIServer | None = None
 
     def observe(self, event: Event) -> None:
         match event:
+            case Started():
+                self._total.labels(self._job).set(event.total_steps)
             case StepMetrics():
                 self._observe_step(event)
             case ValidationMetrics():
                 self._validation.labels(self._job).set(event.loss)
                 self._accuracy.labels(self._job).set(event.accuracy)
-                self._progress["validationLoss"] = event.loss
             case CheckpointCommitted():
                 self._checkpoint.labels(self._job).set(event.step)
                 self._checkpoints.labels(self._job).inc()
-                self._progress["checkpointStep"] = event.step
 
     def _observe_step(self, metrics: StepMetrics) -> None:
         for name, gauge in self._gauges.items():
             value = getattr(metrics, name)
             if value is not None:
                 gauge.labels(self._job, metrics.phase).set(value)
-        self._first = self._first or (metrics.time - metrics.seconds, metrics.step - 1)
-        rate = (metrics.time - self._first[0]) / (metrics.step - self._first[1])
-        self._progress |= {
-            "phase": metrics.phase,
-            "step": metrics.step,
-            "epoch": metrics.epoch,
-            "samples": metrics.samples,
-            "tokens": metrics.tokens,
-            "percent": round(100 * metrics.step / self._total_steps, 2),
-            "etaSeconds": round(rate * (self._total_steps - metrics.step), 1),
-            "loss": metrics.loss,
-            "gradNorm": metrics.grad_norm,
-            "learningRate": metrics.learning_rate,
-            "tokensPerSecond": metrics.tokens_per_second,
-            "mfu": metrics.mfu,
-            "packingEfficiency": metrics.packing_efficiency,
-            "heartbeat": metrics.time,
-        }
 
     def serve(self, port: int, address: str) -> int:
         """Serve /metrics, /progress and /healthz; returns the port (0 asks for a free one)."""
@@ -232,7 +218,7 @@ class Monitor:
                 return answer
             case "/progress":
                 start_response("200 OK", [("Content-Type", "application/json")])
-                return [json.dumps(self._progress).encode()]
+                return [self._reporter.report.model_dump_json(by_alias=True).encode()]
             case "/healthz":
                 start_response("200 OK", [("Content-Type", "text/plain")])
                 return [b"ok\n"]

@@ -83,6 +83,13 @@ _UNREACHABLE = (
 )
 
 
+class Outage(RunError):
+    """The store could not be reached for as long as a request was tried: it may come back."""
+
+    def __init__(self, message: str, path: str | None = None):
+        super().__init__(ExitCode.STORE_UNAVAILABLE, message, path)
+
+
 def own_words(error: BaseException) -> str:
     """The store's words in one line: what its client wraps around them for debugging is cut, and XML reduced."""
     text = str(error).split("\n\nDebug source")[0]
@@ -113,4 +120,4 @@ def as_run_error(error: BaseException, doing: str, path: str | None, *, refused:
     if refused:
         advice = "The store refused: check the URI, credentials and permissions."
         return RunError(ExitCode.STORE_REFUSED, f"{doing}: {words}. {advice}", path)
-    return RunError(ExitCode.STORE_UNAVAILABLE, f"{doing}: {words}. {_UNREACHABLE}", path)
+    return Outage(f"{doing}: {words}. {_UNREACHABLE}", path)

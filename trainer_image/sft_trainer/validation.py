@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,13 +12,15 @@ from sft_api.events import ValidationMetrics
 from sft_api.spec import CheckpointInterval, Interval
 from sft_trainer.batches import MicroBatch, micro_batches, to_device
 from sft_trainer.engine import Engine
+from sft_trainer.heartbeat import Heartbeat
 from sft_trainer.plan import Packer
 from sft_trainer.ranks import Ranks
 from sft_trainer.schedule import Cursor
 from sft_trainer.split import HeldOut
+from sft_trainer.stopping import Stopping
 
 CHUNK_SAMPLES = 2048
-"""Samples planned at a time: bounds the memory for their tensors, changes no figure."""
+"""Samples planned at a time: bounds the memory for their tensors, and how long a stop waits; changes no figure."""
 
 
 @dataclass(frozen=True)
@@ -37,15 +39,21 @@ class Validation:
         ends_phase = after.phase != before.phase
         return ends_phase or crossed(self.every, before, after)
 
-    def score(self, engine: Engine, ranks: Ranks, step: int, phase: str) -> ValidationMetrics:
-        """Score all held-out samples with the weights as they are; collective."""
+    def score(
+        self, engine: Engine, ranks: Ranks, step: int, phase: str, stop: Stopping, heartbeat: Heartbeat
+    ) -> ValidationMetrics | None:
+        """Score all held-out samples with the weights as they are; collective. None where told to stop on the way."""
         started = time.perf_counter()
         loss_sum, hits = 0.0, 0
         with engine.evaluating():
-            for micro_batch in self._mine(ranks):
-                part_sum, part_hits = engine(**to_device(micro_batch, ranks.device))
-                loss_sum += float(part_sum)
-                hits += int(part_hits)
+            for number, chunk in enumerate(self._chunks(ranks)):
+                if number > 0 and stop.agree():
+                    return None
+                heartbeat.beat(f"scoring the held-out data after step {step}")
+                for micro_batch in chunk:
+                    part_sum, part_hits = engine(**to_device(micro_batch, ranks.device))
+                    loss_sum += float(part_sum)
+                    hits += int(part_hits)
         total = ranks.gather([loss_sum, hits]).sum(axis=0)
         loss_tokens = sum(int(part.dataset.num_loss_tokens[part.samples].sum(dtype=np.int64)) for part in self.parts)
         return ValidationMetrics(
@@ -59,12 +67,13 @@ class Validation:
             time=time.time(),
         )
 
-    def _mine(self, ranks: Ranks) -> Iterator[MicroBatch]:
+    def _chunks(self, ranks: Ranks) -> Iterator[Iterable[MicroBatch]]:
+        """This rank's micro-batches, in as many chunks on every rank."""
         for part in self.parts:
             for start in range(0, len(part.samples), CHUNK_SAMPLES):
                 chunk = part.samples[start : start + CHUNK_SAMPLES]
                 plan = self.packer.plan(part.dataset.lengths[chunk], self.capacity)
-                yield from micro_batches(part.dataset, chunk, plan, ranks.rank, self.packer.padded)
+                yield micro_batches(part.dataset, chunk, plan, ranks.rank, self.packer.padded)
 
 
 def crossed(every: Interval | CheckpointInterval | None, before: Cursor, after: Cursor) -> bool:

@@ -93,7 +93,7 @@ def open_checkpoint(store: Store, step: int, attempt: int) -> Checkpoint:
         raise Damaged(f"{folder.uri}/{names.MANIFEST} is not the one that was committed: its checksum is another")
     if (manifest.meta.step, manifest.attempt) != (step, attempt):
         raise Damaged(f"{folder.uri}/{names.MANIFEST} is of step {manifest.meta.step}, attempt {manifest.attempt}")
-    return Checkpoint(folder, manifest)
+    return Checkpoint(folder, manifest, marker.time)
 
 
 def list_checkpoints(store: Store, verify: bool) -> list[CheckpointSummary]:

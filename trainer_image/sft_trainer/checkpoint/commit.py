@@ -1,17 +1,18 @@
 """The commit protocol, after staging. Until the last line nothing is visible as complete; after it, everything is.
 
 each rank    takes its place by conditional create          of two writers with one attempt number one goes on
-             shard, then its manifest                       each durable before the next
+             shard, read back, then its manifest            each durable before the next
 rank 0       waits until it sees every rank's manifest      by polling the store: no collective off the main thread
              MANIFEST.json, durable
              COMPLETE, by conditional create
+
+Both parts may be done again from their beginning, should the store fail in the middle of one.
 """
 
 from __future__ import annotations
 
 import hashlib
 import time
-import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -19,9 +20,12 @@ from pathlib import Path
 from threading import Event
 from typing import TypeVar
 
+from pydantic import ValidationError
+
 from sft_api import names
 from sft_api.run import ExitCode, RunError
 from sft_trainer.checkpoint.digest import ParametersDigest, digest_slice
+from sft_trainer.checkpoint.reader import what_is_wrong
 from sft_trainer.checkpoint.records import (
     CheckpointMeta,
     FileRecord,
@@ -46,12 +50,14 @@ class Place:
     folder: Store
     attempt: int
     rank: int
+    writer: str
+    """Random: by it a writer knows what it has written itself."""
     patience: timedelta
     """How long to wait for the other ranks' uploads."""
 
 
 def upload_rank(place: Place, staged: Path, meta: CheckpointMeta) -> RankManifest:
-    """Upload a staged shard, then say so in the rank's manifest. The shard is removed from the local disk."""
+    """Upload a staged shard, read it back, then say so in the rank's manifest."""
     _take_place(place, meta)
     file = shard_file(place.rank)
     digest, coverage = _survey(staged)
@@ -66,8 +72,9 @@ def upload_rank(place: Place, staged: Path, meta: CheckpointMeta) -> RankManifes
         coverage=coverage,
     )
     place.folder.put(file, staged)
-    staged.unlink()
     place.folder.make_durable([file])
+    if problem := what_is_wrong(place.folder, manifest.shard):
+        raise RunError(ExitCode.STORE_UNAVAILABLE, f"{problem}, a moment ago; step {meta.step} is not committed")
     place.folder.put(rank_manifest_file(place.rank), _json(manifest))
     place.folder.make_durable([rank_manifest_file(place.rank)])
     return manifest
@@ -94,10 +101,10 @@ def commit(place: Place, meta: CheckpointMeta, before: Callable[[], None]) -> Ma
         step=meta.step,
         attempt=place.attempt,
         manifest_sha256=hashlib.sha256(body).hexdigest(),
-        writer=uuid.uuid4().hex,
+        writer=place.writer,
         time=time.time(),
     )
-    if not _create(place.folder, names.COMPLETE, _json(marker)):
+    if not place.folder.create(names.COMPLETE, _json(marker)) and not _is_our_marker(place):
         raise _beaten(place, meta)
     place.folder.make_durable([names.COMPLETE])
     return manifest
@@ -162,13 +169,17 @@ def _check_coverage(ranks: list[RankManifest]) -> int:
 
 def _take_place(place: Place, meta: CheckpointMeta) -> None:
     # Else the slower of two writers would put its shard over the one that the faster has committed.
-    if not _create(place.folder, writer_file(place.rank), uuid.uuid4().hex.encode()):
+    file, ours = writer_file(place.rank), place.writer.encode()
+    # Where the answer to our own create was lost, we find what we wrote.
+    if not place.folder.create(file, ours) and place.folder.get(file) != ours:
         raise _beaten(place, meta)
 
 
-def _create(folder: Store, key: str, body: bytes) -> bool:
-    """Whether `key` is ours. `body` is unique: where a lost answer was retried, we find what we wrote."""
-    return folder.create(key, body) or folder.get(key) == body
+def _is_our_marker(place: Place) -> bool:
+    try:
+        return Marker.model_validate_json(place.folder.get(names.COMPLETE)).writer == place.writer
+    except ValidationError:
+        return False
 
 
 def _beaten(place: Place, meta: CheckpointMeta) -> RunError:

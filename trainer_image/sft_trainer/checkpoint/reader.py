@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TypeVar
 
 import numpy as np
@@ -29,10 +29,12 @@ class Checkpoint:
     Is a `sft_trainer.state.StateSource`. Methods may be called from any thread.
     """
 
-    def __init__(self, folder: Store, manifest: Manifest):
+    def __init__(self, folder: Store, manifest: Manifest, committed: float):
         """Use `newest_complete` or `open_checkpoint`. `folder`: the store at the checkpoint's own prefix."""
         self._folder = folder
         self.manifest = manifest
+        self.committed = committed
+        """Unix time of the commit."""
 
     @property
     def meta(self) -> CheckpointMeta:
@@ -104,23 +106,8 @@ class Checkpoint:
         `ranks`: only these shards, so that the ranks of a gang may share the work.
         """
         shards = self.manifest.shards if ranks is None else [self.manifest.shards[rank] for rank in ranks]
-        return next((problem for problem in _in_parallel(self._problem, shards) if problem), None)
-
-    def _problem(self, shard: FileRecord) -> str | None:
-        uri = f"{self.uri}/{shard.file}"
-        try:
-            digest, size = hashlib.sha256(), 0
-            with self._folder.open_reader(shard.file) as reader:
-                while block := reader.read(_READ_BYTES):
-                    digest.update(block)
-                    size += len(block)
-        except ObjectMissing:
-            return f"{uri} is missing"
-        if size != shard.size:
-            return f"{uri} has {size:,} bytes instead of {shard.size:,}"
-        if digest.hexdigest() != shard.sha256:
-            return f"{uri} has another checksum than when it was written"
-        return None
+        problems = _in_parallel(partial(what_is_wrong, self._folder), shards)
+        return next((problem for problem in problems if problem), None)
 
     @cached_property
     def _headers(self) -> list[ShardHeader]:
@@ -156,6 +143,24 @@ class Checkpoint:
     def _lacks(self, what: str) -> RunError:
         message = f"the checkpoint at {self.uri} does not hold {what}: it is of another model"
         return RunError(ExitCode.CONFIGURATION, message, "spec.checkpoints.uri")
+
+
+def what_is_wrong(folder: Store, shard: FileRecord) -> str | None:
+    """Read an object through and compare size and checksum; the difference, naming the object, or None."""
+    uri = f"{folder.uri}/{shard.file}"
+    try:
+        digest, size = hashlib.sha256(), 0
+        with folder.open_reader(shard.file) as reader:
+            while block := reader.read(_READ_BYTES):
+                digest.update(block)
+                size += len(block)
+    except ObjectMissing:
+        return f"{uri} is missing"
+    if size != shard.size:
+        return f"{uri} has {size:,} bytes instead of {shard.size:,}"
+    if digest.hexdigest() != shard.sha256:
+        return f"{uri} has another checksum than when it was written"
+    return None
 
 
 def _in_parallel(function: Callable[[_Item], _Result], items: Sequence[_Item]) -> list[_Result]:

@@ -34,6 +34,10 @@ class CheckpointMeta(ApiModel):
     """Of the samples of the step just done."""
     validation_loss: float | None = None
     """Of the held-out data after this step, if it was scored then."""
+    to_be_scored: bool = False
+    """The held-out data was to be scored after this step, and the run was told to stop before that was done."""
+    productive_seconds: float = 0.0
+    """Wall time of all steps up to this one, each counted once, whatever attempts took them."""
     time: float
     """Unix time of the save."""
 

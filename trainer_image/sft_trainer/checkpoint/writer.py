@@ -5,10 +5,12 @@ from __future__ import annotations
 import shutil
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import TypeVar
 
 from sft_api import names
 from sft_api.events import CheckpointCommitted
@@ -20,15 +22,24 @@ from sft_trainer.checkpoint.records import CheckpointMeta, Manifest, shard_file
 from sft_trainer.checkpoint.retention import Committed, Lineage, delete_checkpoint, leftovers, surplus
 from sft_trainer.checkpoint.shards import Piece
 from sft_trainer.checkpoint.staging import stage
-from sft_trainer.store import Store
+from sft_trainer.store import Retry, Store
+from sft_trainer.store_errors import Outage
+
+_Result = TypeVar("_Result")
 
 
 def _nothing() -> None:
     return
 
 
-def _nobody(_: CheckpointCommitted) -> None:
+def _nobody(_: object) -> None:
     return
+
+
+_FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 1.0, 60.0
+"""Between tries at a store that does not answer."""
+OUTAGE_RETRIES = 6
+"""How many times as long as a single request an upload in the background is tried: training goes on meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +55,8 @@ class _Save:
 class CheckpointWriter:
     """One rank's hand in the checkpoints of a run. Every rank has one and saves at the same steps.
 
-    `save` blocks for staging alone. What fails in the background is raised by the next `save` or `wait`.
+    `save` blocks for staging alone. A store that does not answer is tried again for a while; what fails for good in the
+    background is raised by the next `save` or `wait`.
     """
 
     def __init__(
@@ -55,29 +67,39 @@ class CheckpointWriter:
         rank: int,
         world: int,
         staging: Path,
-        keep: Keep,
+        keep: Callable[[], Keep],
         resumed_from: int | None = None,
         before_commit: Callable[[], None] = _nothing,
         on_commit: Callable[[CheckpointCommitted], None] = _nobody,
+        on_problem: Callable[[str | None], None] = _nobody,
         patience: timedelta = timedelta(minutes=30),
     ):
         """`store`: at checkpoints.uri. `staging`: a local folder of this attempt, emptied of this rank's files.
 
-        `resumed_from`: step of the checkpoint that this attempt went on from. `before_commit` and `on_commit` are
-        called on rank 0, in the background thread. `patience`: how long to wait for other ranks' uploads.
+        `keep`: asked after each commit, for it may change. `resumed_from`: step of the checkpoint that this attempt
+        went on from. `before_commit` and `on_commit` are called on rank 0, `on_problem` on every rank with what keeps
+        its save from going on, and None when it goes on; all in the background thread. `patience`: how long to wait
+        for other ranks' uploads.
         """
         self._store, self._attempt, self._rank, self._world = store, attempt, rank, world
         self._keep = keep
         self._lineage = Lineage(attempt, resumed_from)
         self._staging = staging / f"rank-{rank:05d}"
         self._before_commit, self._on_commit, self._patience = before_commit, on_commit, patience
+        self._on_problem = on_problem
+        self._outage_seconds = OUTAGE_RETRIES * Retry.from_environment().seconds
+        self._name = uuid.uuid4().hex
+        self.committed_step = resumed_from
+        """Step of the newest checkpoint that this rank knows to be committed."""
         self._in_flight: threading.Thread | None = None
         self._failure: BaseException | None = None
         self._newest_step: int | None = None
         shutil.rmtree(self._staging, ignore_errors=True)
 
-    def save(self, pieces: Iterable[Piece], rank_state: Mapping[str, bytes], meta: CheckpointMeta) -> float:
-        """Stage what this rank owns and begin its upload; seconds that the caller was held up.
+    def save(
+        self, pieces: Iterable[Piece], rank_state: Mapping[str, bytes], meta: CheckpointMeta, waited: float = 0.0
+    ) -> float:
+        """Stage what this rank owns and begin its upload; seconds that the caller was held up, with those `waited`.
 
         Waits first for the save before, if that is still on its way. A step that is saved already is not saved again.
         `rank_state` is given back to the same rank by `Checkpoint.rank_state`.
@@ -90,11 +112,22 @@ class CheckpointWriter:
         staged = self._staging / f"{meta.step:08d}-{shard_file(self._rank)}"
         stage(staged, list(pieces), rank_state)
         self._newest_step = meta.step
-        stall_seconds = time.perf_counter() - clock
+        stall_seconds = waited + time.perf_counter() - clock
         save = _Save(meta, staged, started, stall_seconds)
         self._in_flight = threading.Thread(target=self._finish, args=(save,), name="checkpoint", daemon=True)
         self._in_flight.start()
         return stall_seconds
+
+    def has_settled(self, seconds: float) -> bool:
+        """Whether, within so many seconds, no save is on its way any more."""
+        if self._in_flight is not None:
+            self._in_flight.join(seconds)
+        return self._in_flight is None or not self._in_flight.is_alive()
+
+    @property
+    def failure(self) -> BaseException | None:
+        """What kept the newest save from being committed, until it is raised."""
+        return self._failure
 
     def wait(self) -> None:
         """Return when the newest save is committed, by all ranks; raise what kept it from being so."""
@@ -117,19 +150,38 @@ class CheckpointWriter:
             self._upload_and_commit(save)
         except BaseException as error:  # raised again on the training thread
             self._failure = error
+            self._on_problem(str(error))
         finally:
             save.staged.unlink(missing_ok=True)
 
     def _upload_and_commit(self, save: _Save) -> None:
         folder = self._store.child(names.checkpoint(save.meta.step, self._attempt))
-        place = Place(folder, self._attempt, self._rank, self._patience)
-        upload_rank(place, save.staged, save.meta)
+        place = Place(folder, self._attempt, self._rank, self._name, self._patience)
+        self._ride_out(lambda: upload_rank(place, save.staged, save.meta))
         if self._rank != 0:
-            await_commit(place, save.meta)
+            self._ride_out(lambda: await_commit(place, save.meta))
+            self.committed_step = save.meta.step
             return
-        manifest = commit(place, save.meta, self._before_commit_check)
+        manifest = self._ride_out(lambda: commit(place, save.meta, self._before_commit_check))
+        self.committed_step = save.meta.step
         self._report(folder, manifest, save)
-        self._clean_up(manifest)
+        self._ride_out(lambda: self._clean_up(manifest))
+
+    def _ride_out(self, work: Callable[[], _Result]) -> _Result:
+        """Do `work`, again from its beginning after an outage of the store, until one has lasted too long."""
+        deadline, pause = time.monotonic() + self._outage_seconds, _FIRST_PAUSE_SECONDS
+        while True:
+            try:
+                result = work()
+            except Outage as outage:
+                if time.monotonic() + pause > deadline:
+                    raise
+                self._on_problem(str(outage))
+            else:
+                self._on_problem(None)
+                return result
+            threading.Event().wait(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
 
     def _before_commit_check(self) -> None:
         self._before_commit()
@@ -153,7 +205,7 @@ class CheckpointWriter:
         """Retention, and what dead attempts left behind."""
         meta = manifest.meta
         newest = Committed(meta.step, manifest.attempt, meta.phase_end, meta.validation_loss)
-        for old in surplus([*committed(self._store), newest], self._keep, self._lineage, newest):
+        for old in surplus([*committed(self._store), newest], self._keep(), self._lineage, newest):
             delete_checkpoint(self._store, old.step, old.attempt)
         for step, attempt in leftovers(self._store, self._lineage, newest):
             delete_checkpoint(self._store, step, attempt)
