@@ -169,7 +169,7 @@ def connect(access: Access) -> Iterator[Cluster]:
         raise ClusterError("this needs the Kubernetes client: pip install 'sftjob[operator]'") from error
 
     settings: Any = Configuration()
-    settings.retries = False  # they would be told by urllib3, in its words
+    settings.retries = False  # a cluster that is away is told at once: who asked is there to ask again
     in_pod = access.kubeconfig is None and access.context is None and "KUBERNETES_SERVICE_HOST" in os.environ
     try:
         if in_pod and not has_kubeconfig():

@@ -37,7 +37,8 @@ def access(server: ApiServer, tmp_path: Path) -> Access:
 
 def following(server: ApiServer, folder: Path, *options: str) -> subprocess.Popen[str]:
     command = [str(SFT), "logs", "granite", "-f", "--kubeconfig", server.kubeconfig(folder), *options]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
 
 # ── of pods that are there ─────────────────────────────────────────────────────────────────────────────────────────
@@ -76,8 +77,8 @@ def test_of_several_pods_in_one_place_the_newest_speaks(
     server: ApiServer, access: Access, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A preparation that is tried again; a gang that Kueue took away and let in again."""
-    server.objects["pods"].insert(0, prepare_pod("granite", "later", created=ago(minutes=1)))
-    server.logs["granite-prepare-later"] = ["tried again"]
+    server.objects["pods"].insert(0, prepare_pod("granite", "aaaaa", created=ago(minutes=1)))
+    server.logs["granite-prepare-aaaaa"] = ["tried again"]
     assert logs("granite", access, Wanted(prepare=True)) == 0
     assert capsys.readouterr().out == "tried again\n"
 

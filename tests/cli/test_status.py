@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
+from socketserver import BaseRequestHandler, TCPServer
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -283,10 +286,33 @@ def test_a_cluster_that_does_not_know_its_user_says_so(
     assert said.endswith("does not know you (401): log in, or give another --context")
 
 
-def test_a_cluster_that_is_away_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_cluster_that_is_away_is_one_line(tmp_path: Path) -> None:
+    """In a process of its own: what libraries log would stand beside it."""
     with api_server() as gone:
-        access, place = Access(gone.kubeconfig(tmp_path)), f"http://127.0.0.1:{gone.server_port}"
-    assert refused(access, capsys) == f"the cluster at {place} does not answer: Connection refused"
+        config, place = gone.kubeconfig(tmp_path), f"http://127.0.0.1:{gone.server_port}"
+    done = sft("status", "--kubeconfig", config, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"the cluster at {place} does not answer: Connection refused\n"
+
+
+class Deaf(BaseRequestHandler):
+    """Takes a connection and closes it."""
+
+    taken = 0
+
+    def handle(self) -> None:
+        Deaf.taken += 1
+
+
+def test_a_cluster_that_hangs_up_is_asked_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with api_server() as gone, TCPServer(("127.0.0.1", 0), Deaf) as deaf:
+        gone.server_port = deaf.server_address[1]
+        config = gone.kubeconfig(tmp_path)
+        Thread(target=deaf.serve_forever, kwargs={"poll_interval": 0.01}).start()
+        said = refused(Access(config), capsys)
+        deaf.shutdown()
+    assert re.search("does not answer: (Connection reset by peer|Remote end closed connection)", said)
+    assert Deaf.taken == 1
 
 
 def test_without_a_kubeconfig_it_says_how_to_give_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
