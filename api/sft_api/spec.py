@@ -26,6 +26,7 @@ from sft_api.pods import (
 )
 
 CLAIM = r"pvc://[a-z0-9]([-a-z0-9]{0,55}[a-z0-9])?"
+"""A claim without dots, and short enough that a volume `claim-…` of a pod can be named after it."""
 URI_PATTERN = rf"^(file://\S+|{CLAIM}/\S+|(s3|gs|az|hf)://[^/\s]+/\S+)$"
 MODEL_URI_PATTERN = rf"^(file://\S+|{CLAIM}(/\S*)?|(s3|gs|az)://[^/\s]+/\S+|hf://[^/@\s]+/[^/@\s]+)$"
 DATA_URI_PATTERN = (
