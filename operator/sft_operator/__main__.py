@@ -95,7 +95,7 @@ async def lead(cluster: Cluster, settings: Settings, health: Health, lease: Leas
     queue = WorkQueue[Key](Sync(cluster, world, settings).run, expected=(ClusterError,))
     resync = Resync(cluster, world, settings, queue.add)
     health.last_list, health.oldest_run = lambda: resync.completed, queue.oldest_seconds
-    await resync.once()
+    await resync.first()
     LOG.info("begin with %d SFTJobs; watching %s", len(world.job_keys()), ", ".join(WATCHED))
     works = [queue.work(), resync.forever(), *([lease.hold()] if lease else [])]
     return await together(works, watch(world, settings, queue.add, resync.request), queue)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -62,16 +61,16 @@ class Lease:
 
     async def hold(self) -> None:
         """Renew it for ever. Raises LeaseLost."""
-        renewed = time.monotonic()
+        renewed = now()
         while True:
             await asyncio.sleep(self._timing.period)
             try:
                 async with asyncio.timeout(self._timing.deadline / 2):
                     await self._renew()
-                renewed = time.monotonic()
+                renewed = now()
             except (ClusterError, TimeoutError) as error:
                 LOG.warning("the lease %s was not renewed: %s", self._name, str(error) or "no answer in time")
-            if time.monotonic() - renewed > self._timing.deadline:
+            if now() - renewed > self._timing.deadline:
                 raise LeaseLost(f"the lease {self._name} could not be renewed for {self._timing.deadline:g} s")
 
     async def release(self) -> None:
@@ -105,9 +104,9 @@ class Lease:
     def _has_run_out(self, spec: Mapping[str, Any]) -> bool:
         seen = (spec.get("holderIdentity"), spec.get("renewTime"))
         if seen != self._seen:
-            self._seen, self._seen_since = seen, time.monotonic()
+            self._seen, self._seen_since = seen, now()
         duration: float = spec.get("leaseDurationSeconds", self._timing.duration)
-        return time.monotonic() - self._seen_since > duration
+        return now() - self._seen_since > duration
 
     async def _renew(self) -> None:
         """Raises LeaseLost where another holds it."""
@@ -137,6 +136,11 @@ class Lease:
     def _empty(self) -> dict[str, Any]:
         metadata = {"name": self._name, "namespace": self._namespace}
         return {"apiVersion": "coordination.k8s.io/v1", "kind": "Lease", "metadata": metadata}
+
+
+def now() -> float:
+    """By the loop's clock, which is monotonic."""
+    return asyncio.get_running_loop().time()
 
 
 def micro_time() -> str:

@@ -18,6 +18,8 @@ LOG = logging.getLogger(__name__)
 SETTLE_SECONDS = 5.0
 """How long requests are gathered: a watch that begins anew tells of every object."""
 RETRY_SECONDS = 20.0
+PATIENCE_AT_FIRST = (1.0, 2.0, 5.0, 10.0, 20.0)
+"""An API server that has just begun, or a CRD that is new, answers 429 for some seconds."""
 BINDING = "sftjob-gang"
 """Our chart's MutatingAdmissionPolicyBinding."""
 
@@ -61,6 +63,16 @@ class Resync:
         self.completed = asyncio.get_running_loop().time()
         for key in self._world.job_keys():
             self._enqueue(key)
+
+    async def first(self) -> None:
+        """As `once`, with some patience. Raises ClusterError."""
+        for seconds in PATIENCE_AT_FIRST:
+            try:
+                return await self.once()
+            except ClusterError as error:
+                LOG.warning("not everything can be listed yet: %s; again in %g s", error, seconds)
+                await asyncio.sleep(seconds)
+        return await self.once()
 
     async def forever(self) -> None:
         """Again after every period, soon after a request, and soon after a failure."""

@@ -6,10 +6,10 @@ written against the version of the SFTJob that was decided on, and nothing is de
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import logging
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -47,7 +47,7 @@ class Written:
     digests: dict[tuple[str, str], str] = field(default_factory=dict)
     """Of what was last applied to the object of this uid and name."""
     status: float = float("-inf")
-    """When the status was, by a monotonic clock."""
+    """When the status was, by the loop's clock."""
 
 
 def utc_now() -> datetime:
@@ -123,8 +123,9 @@ class Sync:
     async def _already_ours(self, key: Key, raw: Raw, manifest: Manifest, error: ClusterError) -> Raw:
         """The object, where it was made just before and not seen yet. Else the error is told where users look."""
         kind, name = manifest["kind"], manifest["metadata"]["name"]
-        if error.status == 404:
-            self._world.forget(key, kind, name)
+        if error.status == 404 and self._world.find(key, kind, name) is not None:
+            self._world.forget(key, kind, name)  # it was deleted meanwhile
+            raise error
         found = await self._cluster.get(kind, key.namespace, name) if error.status == 409 else None
         if found is not None and is_of(found, manifest):
             return found
@@ -162,14 +163,14 @@ class Sync:
         if old == new:
             await self._confirm(key, raw, decision)
             return None
-        due = written.status + FIGURES_SECONDS - time.monotonic()
+        due = written.status + FIGURES_SECONDS - asyncio.get_running_loop().time()
         if due > 0 and not decision.delete and without_figures(old) == without_figures(new):
             return due
         try:
             answer = await self._cluster.apply_status(raw, new)
         except ClusterError as error:
             raise Stale if error.status in (404, 409) else error from error
-        written.status = time.monotonic()
+        written.status = asyncio.get_running_loop().time()
         self._world.put("SFTJob", answer)
         for event in events.transitions(before, decision.status):
             await self._tell(raw, event)

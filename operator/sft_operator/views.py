@@ -120,7 +120,7 @@ def pod(raw: Raw) -> Pod:
         created=time(metadata["creationTimestamp"]),
         node=spec.get("nodeName"),
         ip=status.get("podIP"),
-        scheduled=time(placed["lastTransitionTime"]) if placed.get("status") == "True" else None,
+        scheduled=since(placed) if placed.get("status") == "True" else None,
         unscheduled=words(placed, "message", "reason") if placed.get("status") == "False" else None,
         disruption=disruption(raw),
         waiting=waits_for(status),
@@ -209,7 +209,7 @@ def gang(raw: Raw) -> Gang:
         created=time(raw["metadata"]["creationTimestamp"]),
         failed=words(failed, "message", "reason") if has_failed else None,
         succeeded=has_succeeded,
-        ended=time(over["lastTransitionTime"]) if over else None,
+        ended=since(over) if over else None,
         queued=bool(policy.get("suspend")),
         deleting=deleting(raw) is not None,
         owner=marks(raw).get(labels.OWNER_UID),
@@ -264,6 +264,12 @@ def condition(raw: Raw, kind: str) -> Raw:
 
 def conditions(raw: Raw) -> Iterator[Raw]:
     yield from (raw.get("status") or {}).get("conditions") or []
+
+
+def since(found: Raw) -> datetime | None:
+    """When the condition came to be as it is, where its author says so."""
+    given = found.get("lastTransitionTime")
+    return time(given) if given else None
 
 
 def deleting(raw: Raw) -> datetime | None:
