@@ -93,6 +93,7 @@ class World:
     # ── what happens to it ──
 
     def delete_gang(self, name: str) -> None:
+        """In the foreground: it is there until its pods are gone."""
         self.each_gang(name=name, deleting=True)
         self.each_pod(lambda pod: pod.attempt > 0 and not pod.deleting, deleting=self.now + GRACE)
 
@@ -110,8 +111,8 @@ class World:
         """The training operator makes the first pods of a gang."""
         for gang in self.observed.gangs:
             ranks = [pod.rank for pod in self.live_pods]
-            if not gang.deleting and not gang.failed and not gang.succeeded and not ranks:
-                made = tuple(self.new_pod(gang, rank) for rank in range(number_of_them))
+            if not gang.deleting and not gang.failed and not gang.succeeded:
+                made = tuple(self.new_pod(gang, rank) for rank in range(number_of_them) if rank not in ranks)
                 old = tuple(pod for pod in self.observed.pods if pod.attempt in (0, gang.attempt))
                 self.change(pods=(*old, *made))
 
@@ -126,12 +127,14 @@ class World:
     def started(self, node: str) -> dict[str, Any]:
         return {"phase": "Running", "node": node, "scheduled": self.now}
 
-    def trains(self, steps: int) -> None:
-        """The gang answers, and has committed a checkpoint after so many steps of all."""
+    def trains(self, steps: int = 0) -> None:
+        """The gang answers, and has committed a checkpoint so many steps after the last."""
         self.change(report=None)
         if sum(pod.is_running for pod in self.live_pods) == self.job.spec.trainer.nodes:
-            progress = make_progress(steps + 5, heartbeat=self.now)
-            self.change(report=make_report(checkpoint=steps, progress=progress))
+            known = self.status.checkpoint
+            step = (known.step if known else 0) + steps
+            progress = make_progress(step + 5, heartbeat=self.now)
+            self.change(report=make_report(checkpoint=step, progress=progress))
 
     def is_done(self) -> None:
         """The gang ends as it should."""
@@ -178,23 +181,24 @@ class World:
             self.change(lost_nodes=frozenset({f"node-{rank + 1}"}))
 
     def passes(self, seconds: float) -> None:
-        """Time passes: what was told to end ends, but for what runs on a lost node."""
+        """Time passes: what was told to end and did not is killed in the end, but for what runs on a lost node."""
         self.now += timedelta(seconds=seconds)
-        kept = tuple(pod for pod in map(self.after_its_grace, self.observed.pods) if pod is not None)
-        self.change(pods=kept)
+        self.leaves(lambda pod: pod.deleting is not None and self.now >= pod.deleting)
+
+    def obeys(self) -> None:
+        """What was told to end ends, but for what runs on a lost node."""
+        self.leaves(lambda pod: pod.deleting is not None)
+
+    def leaves(self, goes: Callable[[Pod], bool]) -> None:
+        """These pods are gone, and so is what waited for them."""
+        lost = self.observed.lost_nodes
+        kept = (gone(pod, self.now) if goes(pod) and pod.node not in lost else pod for pod in self.observed.pods)
+        self.change(pods=tuple(pod for pod in kept if pod is not None))
         alive = {pod.attempt for pod in self.live_pods}
         self.change(gangs=tuple(gang for gang in self.observed.gangs if not gang.deleting or gang.attempt in alive))
         prepare = self.observed.prepare
         if prepare is not None and prepare.deleting:
             self.change(prepare=None, pods=tuple(pod for pod in self.observed.pods if pod.attempt))
-
-    def after_its_grace(self, pod: Pod) -> Pod | None:
-        if pod.deleting is None or pod.gone or pod.node in self.observed.lost_nodes:
-            return pod
-        if not pod.is_running:
-            return replace(pod, gone=True) if pod.ended else None
-        end = Ended(ExitCode.PREEMPTED, "Error", make_account(30).model_dump_json(by_alias=True), self.now)
-        return replace(pod, ended=end, phase="Failed", gone=True)
 
     def nodes_answer(self) -> None:
         self.change(lost_nodes=frozenset())
@@ -229,6 +233,14 @@ class World:
     @staticmethod
     def has(objects: tuple[Any, ...], name: str) -> bool:
         return any(found.name == name for found in objects)
+
+
+def gone(pod: Pod, now: datetime) -> Pod | None:
+    """The pod after its end, kept for its words; none where it has none."""
+    if not pod.is_running:
+        return replace(pod, gone=True) if pod.ended else None
+    end = Ended(ExitCode.PREEMPTED, "Error", make_account(30).model_dump_json(by_alias=True), now)
+    return replace(pod, ended=end, phase="Failed", gone=True)
 
 
 def as_written(status: SFTJobStatus) -> SFTJobStatus:
