@@ -21,8 +21,8 @@ GRACE_SECONDS = 300
 """What a pod has after SIGTERM, for a checkpoint."""
 GRACE_TO_SAVE_SECONDS = 270
 """What its launcher gives the ranks of that."""
-GROUP = 10001
-"""Group of the images' user: a claim's files become its own."""
+USER = 10001
+"""The images' user. Said here too, for the training operator's init container has an image that would run as root."""
 
 
 def prepare_template(job: SFTJob, settings: Settings, role: dict[str, str], claims: tuple[str, ...]) -> dict[str, Any]:
@@ -87,8 +87,11 @@ def pod_spec(job: SFTJob, settings: Settings, claims: tuple[str, ...], args: lis
         "terminationGracePeriodSeconds": GRACE_SECONDS,
         "securityContext": {
             "runAsNonRoot": True,
+            "runAsUser": USER,
+            "runAsGroup": USER,
             "seccompProfile": {"type": "RuntimeDefault"},
-            **({"fsGroup": GROUP, "fsGroupChangePolicy": "OnRootMismatch"} if claims else {}),
+            # A claim's files become this user's.
+            **({"fsGroup": USER, "fsGroupChangePolicy": "OnRootMismatch"} if claims else {}),
         },
         "containers": [container(job, settings, claims, args)],
         "volumes": [
