@@ -16,6 +16,7 @@ from sft_api.run import ExitCode, RunError
 from sft_trainer.checkpoint import list_checkpoints, newest_complete
 from sft_trainer.checkpoint.staging import stage
 from sft_trainer.store import Store
+from sft_trainer.store_errors import Outage
 from tests.trainer.checkpoints import (
     Faults,
     FaultyStore,
@@ -262,6 +263,82 @@ def test_a_commit_is_reported_after_the_metrics_are_out(tmp_path: Path) -> None:
     shards = [info for info in store.list("ckpt") if info.key.endswith(".safetensors")]
     assert event.bytes == sum(info.size for info in shards)
     assert event.seconds >= event.stall_seconds > 0
+
+
+class FailingStore(Store):
+    """A store that cannot be reached for so many writes, wherever they come in a save."""
+
+    outages: dict[str, int]
+
+    @classmethod
+    def over(cls, uri: str, outages: dict[str, int]) -> FailingStore:
+        store = cls.open(uri)
+        assert isinstance(store, cls)
+        store.outages = outages
+        return store
+
+    def put(self, key: str, data: bytes | Path) -> None:
+        self._fail(key)
+        super().put(key, data)
+
+    def create(self, key: str, data: bytes) -> bool:
+        created = super().create(key, data)
+        self._fail(key)  # the answer is lost
+        return created
+
+    def _fail(self, key: str) -> None:
+        if self.outages.get(key, 0) > 0:
+            self.outages[key] -= 1
+            raise Outage(f"writing {key}: SlowDown")
+
+
+WRITES = ("rank-00001.writer", "rank-00001.safetensors", "rank-00000.manifest.json", "MANIFEST.json", "COMPLETE")
+
+
+@pytest.mark.parametrize("key", WRITES)
+def test_an_outage_costs_time_and_no_checkpoint(store_uri: str, tmp_path: Path, key: str) -> None:
+    problems: list[str | None] = []
+    store = FailingStore.over(store_uri, {key: 1})
+    Gang(store, tmp_path / "staging", world=WORLD, options={"on_problem": problems.append}).save(OLD, 10)
+    assert [problem for problem in problems if problem] == [f"writing {key}: SlowDown"]
+    assert problems[-1] is None
+    assert [row.verified for row in list_checkpoints(Store.open(store_uri), verify=True)] == [True]
+
+
+def test_an_outage_that_does_not_end_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SFT_STORE_RETRY_SECONDS", "0.2")  # of a request; a save is tried six times as long
+    problems: list[str | None] = []
+    store = FailingStore.over(f"file://{tmp_path}/x", {"MANIFEST.json": 1000})
+    gang = Gang(store, tmp_path / "staging", options={"on_problem": problems.append})
+    with pytest.raises(RunError, match=r"writing MANIFEST\.json: SlowDown") as caught:
+        gang.save(OLD, 10)
+    assert caught.value.code == ExitCode.STORE_UNAVAILABLE
+    assert problems[-1] == "writing MANIFEST.json: SlowDown"
+    assert gang.writers[0].committed_step is None
+
+
+class ForgettingStore(Store):
+    """A store that says yes and keeps something else."""
+
+    def put(self, key: str, data: bytes | Path) -> None:
+        if isinstance(data, Path):
+            data.write_bytes(bytes([data.read_bytes()[0] ^ 1]) + data.read_bytes()[1:])
+        super().put(key, data)
+
+
+def test_what_reads_back_otherwise_than_it_was_written_is_not_committed(store_uri: str, tmp_path: Path) -> None:
+    gang = Gang(ForgettingStore.open(store_uri), tmp_path / "staging")
+    with pytest.raises(RunError, match=r"rank-00000\.safetensors has another checksum than when it was") as caught:
+        gang.save(OLD, 10)
+    assert caught.value.code == ExitCode.STORE_UNAVAILABLE
+    assert newest_complete(Store.open(store_uri)) is None
+
+
+def test_every_rank_knows_what_is_committed(tmp_path: Path) -> None:
+    gang = Gang(Store.open(f"file://{tmp_path}/x"), tmp_path / "staging", world=3, options={"resumed_from": 4})
+    assert [writer.committed_step for writer in gang.writers] == [4, 4, 4]
+    gang.save(OLD, 10)
+    assert [writer.committed_step for writer in gang.writers] == [10, 10, 10]
 
 
 def test_closing_leaves_nothing_staged(tmp_path: Path) -> None:
