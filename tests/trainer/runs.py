@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -98,25 +98,26 @@ class Died(Exception):
 class Script:
     """What happens to a rank: told to stop, or dead, in the step of that number of this attempt.
 
-    `stop_at`: told to stop at what is called so, a step or anything else that takes long.
+    `stop_at`: told to stop at what is called so, a step or anything else that takes long. `chunk_samples`: how many
+    held-out samples are scored at a time.
     """
 
     stop_in: int | None = None
     die_in: int | None = None
     stop_at: str | None = None
+    chunk_samples: int | None = None
     steps: int = field(default=0, init=False)
-    stages: list[str] = field(default_factory=list, init=False)
+    told: bool = field(default=False, init=False)
 
     @property
     def is_set(self) -> bool:
         if self.steps == self.die_in:
             raise Died
-        now = self.stages[-1] if self.stages else ""
-        return self.steps == self.stop_in or (self.stop_at is not None and now.startswith(self.stop_at))
+        return self.told or self.steps == self.stop_in
 
     def hear(self, stage: str) -> None:
-        self.stages.append(stage)
         self.steps += stage.startswith("step ")
+        self.told = self.told or (self.stop_at is not None and stage.startswith(self.stop_at))
 
 
 @dataclass(frozen=True)
@@ -158,6 +159,8 @@ def attempt(run: str, number: int, work: str, script: Script) -> Ending:
     workplace = Workplace(ranks, number, folder, signals, heartbeat, stop, lambda: config.checkpoints.keep)
     try:
         job = assemble(config, Path(config.model.uri.removeprefix("file://")), workplace)
+        if script.chunk_samples is not None:
+            job.validation = replace(job.validation, chunk_samples=script.chunk_samples)
         carry_out(job, Progress())
         return Ending(0, "done")
     except RunError as error:

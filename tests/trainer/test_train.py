@@ -11,11 +11,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from sft_api.report import TrainerReport
 from sft_api.run import ExitCode, RunConfig
+from sft_api.status import ExportStatus, PhaseStatus
 from sft_trainer.fetch import fetch_model
 from sft_trainer.model import load_model
 from sft_trainer.plan import permutation, samples_digest
 from sft_trainer.preparation import prepared_job
+from sft_trainer.progress import read_report
 from sft_trainer.schedule import Schedule
 from sft_trainer.split import open_data
 from sft_trainer.store import Store
@@ -48,10 +51,16 @@ class Runs:
         """One more attempt at the run `name`."""
         config = self.config(name, changes).model_dump_json(by_alias=True)
         self.attempts[name] += 1
-        work = f"{self.folder}/work"
+        work = f"{self.folder}/work/{name}"
         endings = self.gang(world).run(attempt, config, self.attempts[name], work, script or Script())
         assert len({ending.code for ending in endings}) == 1, endings
         return endings[0]
+
+    def report(self, name: str) -> TrainerReport:
+        """What the first rank of the newest attempt last knew."""
+        report = read_report(self.folder / "work" / name / f"attempt-{self.attempts[name]}")
+        assert report is not None
+        return report
 
     def told(self, name: str) -> Told:
         return read_run(self.uri(name))
@@ -148,6 +157,62 @@ def test_a_run_that_is_told_to_stop_goes_on_bit_for_bit(runs: Runs, straight: To
     told = runs.told(name)
     assert figures(told) == figures(straight)
     assert told.digests[max(told.digests)] == straight.digests[max(straight.digests)]
+
+
+STOPS = {
+    "loading the model": (Script(stop_at="loading"), "told to stop before a step was taken; run again to go on", None),
+    "restoring": (Script(stop_at="restoring"), "told to stop before a step was taken; run again to go on", None),
+    "scoring before the first step": (
+        Script(stop_at="scoring", chunk_samples=1),
+        "told to stop before a step was taken; run again to go on",
+        None,
+    ),
+    "scoring after a step": (
+        Script(stop_at="scoring the held-out data after step 3", chunk_samples=1),
+        "told to stop: step 3 is committed; run again to go on",
+        3,
+    ),
+    "waiting for a commit": (Script(stop_at="waiting"), "told to stop: step 3 is committed; run again to go on", 3),
+    "an export": (Script(stop_at="exporting"), "told to stop: step 6 is committed; run again to go on", 6),
+}
+"""When a run is told to stop, what it says, and the step that is then committed."""
+
+
+@pytest.mark.parametrize("name", STOPS)
+def test_a_stop_at_any_time_ends_the_run_and_loses_nothing(runs: Runs, straight: Told, name: str) -> None:
+    script, message, committed = STOPS[name]
+    name = name.replace(" ", "-")
+    changes = {"checkpoints": {"export": "PhaseEnd"}}
+    ending = runs.run(name, changes=changes, script=script)
+    assert (ending.code, ending.message) == (ExitCode.PREEMPTED, message)
+    assert max(runs.told(name).digests, default=None) == committed
+    assert runs.run(name, changes=changes).code == ExitCode.COMPLETED
+    told = runs.told(name)
+    same_training(told, straight, 1e-6)  # a score depends on how its samples are packed, which the script changes
+    assert list(told.validations) == list(straight.validations)
+    assert told.digests[max(told.digests)] == straight.digests[max(straight.digests)]
+
+
+def test_the_report_of_a_run_in_attempts_counts_each_step_once(runs: Runs) -> None:
+    changes = {"checkpoints": {"export": "End"}}
+    runs.run("reported", changes=changes, script=Script(die_in=4))
+    runs.run("reported", changes=changes, script=Script(stop_in=5))
+    assert runs.run("reported", changes=changes).code == ExitCode.COMPLETED
+    report, told = runs.report("reported"), runs.told("reported")
+    last = max(told.steps)
+    assert (report.attempt, report.resumed_from_step, report.complete) == (3, 7, True)
+    assert report.phase == PhaseStatus(name="two", index=1, count=2)
+    assert report.progress is not None
+    assert (report.progress.step, report.progress.total_steps, report.progress.percent) == (last, last, 100)
+    assert report.checkpoint is not None
+    uri = f"{runs.uri('reported')}/ckpt/{last:08d}/3"
+    assert (report.checkpoint.uri, report.checkpoint.verified) == (uri, True)
+    assert report.export == ExportStatus(uri=f"{runs.uri('reported')}/export/two")
+    assert report.productive_seconds == pytest.approx(sum(step.seconds for step in told.steps.values()))
+    assert runs.run("reported", changes=changes).code == ExitCode.COMPLETED
+    again = runs.report("reported")
+    assert again.resumed_from_step == last
+    assert again.model_copy(update={"attempt": 3, "resumed_from_step": 7, "progress": report.progress}) == report
 
 
 def test_a_run_that_dies_again_and_again_ends_with_the_same_parameters(runs: Runs, straight: Told) -> None:

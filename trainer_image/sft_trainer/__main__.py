@@ -26,6 +26,7 @@ from sft_api.run import ExitCode, RunConfig, RunError
 from sft_trainer.ending import Account, Outcome, finished, termination_message, write_account
 from sft_trainer.hang import STACKS_SIGNAL, stacks_file
 from sft_trainer.heartbeat import Heartbeat
+from sft_trainer.interruption import interruptible, raise_preempted
 from sft_trainer.launch import Gang, Limits, run_ranks
 from sft_trainer.stopping import StopFlag
 from sft_trainer.told import read_config
@@ -41,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
     claim_stdout()
     if options.command == "rank":
         return rank(options)
-    signal.signal(signal.SIGTERM, told_to_stop)
+    signal.signal(signal.SIGTERM, raise_preempted)
     outcome = account_for(lambda: COMMANDS[options.command](options, read_config(options.run)))
     finish(outcome)
     return outcome.code
@@ -102,14 +103,11 @@ def prepare(options: argparse.Namespace, config: RunConfig) -> Outcome:
             prepared[event.phase] = event
         say(event)
 
-    data, _ = open_data(config, prepare_job(config, note, options.processes, check_model))
+    with interruptible(finish):
+        data, _ = open_data(config, prepare_job(config, note, options.processes, check_model))
     schedule = Schedule(config.phases, [len(phase.samples) for phase in data])
     plan = prepared_plan(data, schedule, prepared)
     return Outcome(0, f"the data of {schedule.total_steps:,} steps is ready", plan=plan)
-
-
-def told_to_stop(number: int, frame: object) -> None:
-    raise RunError(ExitCode.PREEMPTED, "told to stop before the training began; run again to go on")
 
 
 def train(options: argparse.Namespace, config: RunConfig) -> Outcome:
@@ -118,9 +116,10 @@ def train(options: argparse.Namespace, config: RunConfig) -> Outcome:
 
     gang = Gang.from_environment(options.processes, os.environ)
     limits = Limits(config.hang_timeout_seconds, float(os.environ.get("SFT_GRACE_SECONDS", GRACE_SECONDS)))
-    attempt = claim_attempt(config) if gang.first_rank == 0 else 0
-    with work_folder() as work:
+    with interruptible(finish):
+        attempt = claim_attempt(config) if gang.first_rank == 0 else 0
         model = fetch(config)
+    with work_folder() as work:
         command = ["-m", "sft_trainer", "rank", str(options.run), "--attempt", str(attempt), "--model", str(model)]
         outcome = run_ranks(gang, command, work, limits, threads(config, gang))
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it has ended; only the account of it is left to be given

@@ -31,6 +31,7 @@ class Validation:
     every: Interval | None
     packer: Packer
     capacity: int
+    chunk_samples: int = CHUNK_SAMPLES
 
     def due(self, before: Cursor, after: Cursor) -> bool:
         """Whether the step between the two calls for a score. `after` at the start of a phase is the last one's end."""
@@ -70,8 +71,8 @@ class Validation:
     def _chunks(self, ranks: Ranks) -> Iterator[Iterable[MicroBatch]]:
         """This rank's micro-batches, in as many chunks on every rank."""
         for part in self.parts:
-            for start in range(0, len(part.samples), CHUNK_SAMPLES):
-                chunk = part.samples[start : start + CHUNK_SAMPLES]
+            for start in range(0, len(part.samples), self.chunk_samples):
+                chunk = part.samples[start : start + self.chunk_samples]
                 plan = self.packer.plan(part.dataset.lengths[chunk], self.capacity)
                 yield micro_batches(part.dataset, chunk, plan, ranks.rank, self.packer.padded)
 
