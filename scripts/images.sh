@@ -151,10 +151,15 @@ build_with_podman() {
 }
 
 build_with_buildah() {
+  local replaced
   ensure_base
+  replaced="$(in_store images --quiet --no-trunc "$tag" 2>/dev/null || true)"
   in_store bud --quiet --isolation chroot --layers --pull-never --format docker --timestamp "$SOURCE_DATE_EPOCH" \
     "${secrets[@]}" "${arguments[@]}" . >/dev/null
   in_store push --quiet "$tag" "docker-archive:$archive:$tag"
+  if [ -n "$replaced" ] && [ "$replaced" != "$(in_store images --quiet --no-trunc "$tag")" ]; then
+    in_store rmi "$replaced" >/dev/null
+  fi
 }
 
 engine="$(find_engine)"

@@ -23,8 +23,8 @@ class Image:
         return sum(file.size for file in self.files.values())
 
     def named(self, *names: str) -> list[str]:
-        """Paths whose last part is one of `names`."""
-        return [path for path in self.files if Path(path).name in names]
+        """Paths of files, or links, whose last part is one of `names`."""
+        return [path for path, file in self.files.items() if Path(path).name in names and not file.isdir()]
 
 
 def read_image(archive: Path) -> Image:
