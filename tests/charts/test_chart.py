@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.charts.helm import CHART, ROOT, Rendered, helm, refusal, template
+from sft_api.labels import POD_GROUP
+from sft_operator.settings import VARIABLES
+from tests.charts.helm import CHART, POLICIES, ROOT, Rendered, helm, refusal, template
 
 TWO_NAMESPACES = {"watchNamespaces": ["team-a", "team-b"]}
 VALUE_SETS: dict[str, dict[str, Any]] = {
@@ -172,6 +174,10 @@ def test_the_operator_is_told_what_the_values_say() -> None:
     }
 
 
+def test_the_operator_understands_every_variable_that_it_is_told() -> None:
+    assert template().environment.keys() <= VARIABLES.keys()
+
+
 def test_unset_images_are_those_of_the_charts_version() -> None:
     version = yaml.safe_load((CHART / "Chart.yaml").read_text())["appVersion"]
     rendered = template()
@@ -219,10 +225,10 @@ def test_of_several_replicas_no_more_than_one_is_evicted_at_a_time() -> None:
 @pytest.mark.parametrize(
     ("asked", "served", "installed"),
     [
-        ("auto", ("admissionregistration.k8s.io/v1/MutatingAdmissionPolicy",), True),
+        ("auto", (POLICIES,), True),
         ("auto", (), False),
         (True, (), True),
-        (False, ("admissionregistration.k8s.io/v1/MutatingAdmissionPolicy",), False),
+        (False, (POLICIES,), False),
     ],
 )
 def test_the_policy_of_gangs_is_installed_where_it_is_asked_for_or_served(
@@ -249,8 +255,6 @@ def test_an_operator_that_may_not_look_for_the_policy_is_told(values: dict[str, 
 
 
 def test_the_policy_and_the_operator_agree_on_the_label() -> None:
-    from sft_api.labels import POD_GROUP
-
     policy = template().one("MutatingAdmissionPolicy")["spec"]
     [condition] = policy["matchConditions"]
     [mutation] = policy["mutations"]
