@@ -1,0 +1,5 @@
+"""Fixtures of the operator's tests."""
+
+from tests.operator.api_server import api
+
+__all__ = ["api"]
