@@ -41,7 +41,10 @@ build_servers() {
 
 command -v chromium >/dev/null && command -v chromedriver >/dev/null ||
   install_packages "the report's test in a browser" chromium chromium-driver fonts-dejavu-core
-install_packages "the tests on a cluster" containerd runc containernetworking-plugins busybox-static bash-static \
-  nftables iptables conntrack iproute2
+# Debian's containerd would push out another one, and Docker with it.
+command -v containerd >/dev/null && command -v runc >/dev/null ||
+  install_packages "the tests on a cluster" containerd runc
+install_packages "the tests on a cluster" containernetworking-plugins busybox-static bash-static nftables iptables \
+  conntrack iproute2 ca-certificates
 install_packages "the images, where there is no other engine to build them" buildah mmdebstrap
 build_servers

@@ -13,6 +13,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from tests.cluster.bring_up import GUARD, Bed
@@ -54,8 +55,8 @@ def down(state: Path) -> None:
 
 def guard(state: Path, pid: int) -> None:
     """Wait for another process to end, however it does, and take its cluster down if it has not."""
-    process = os.pidfd_open(pid)
-    select.select([process], [], [])
+    with suppress(ProcessLookupError):  # it may have ended while we were starting
+        select.select([os.pidfd_open(pid)], [], [])
     if bed := Bed.find(state):
         bed.down()
 

@@ -23,6 +23,8 @@ BUSYBOX = "localhost/busybox:1"
 TRAINING_OPERATOR = "localhost/training-operator:1"
 TRAINER = "localhost/sft-trainer:test"
 TRAINER_USER = 10001
+AUTHORITIES = Path("/etc/ssl/certs/ca-certificates.crt")
+"""The store's client does not start without any, not even for http."""
 
 ROOT = Path(__file__).parents[2]
 
@@ -63,7 +65,7 @@ def write_images(training_operator: Path, archive: Path) -> None:
         Image(PAUSE, (busybox,), {"Entrypoint": sleep, "Env": environment}),
         Image(BUSYBOX, (busybox,), {"Cmd": ["sh"], "Env": environment}),
         Image(TRAINING_OPERATOR, (busybox, layer({"manager": training_operator.read_bytes()})), {"Env": environment}),
-        Image(TRAINER, (busybox,), trainer),
+        Image(TRAINER, (busybox, layer({"etc/ssl/certs/ca-certificates.crt": AUTHORITIES.read_bytes()})), trainer),
     ]
     write_archive(images, archive)
 

@@ -1,9 +1,9 @@
 """Every name, address and path of one test cluster, derived from its slot and its state folder. Starts nothing.
 
-A slot is one of six places on this machine: its number is in the bridge, the network namespaces, the veths, the
-cgroups and the addresses, so that several clusters can be up at once.
+A slot is one of six places on this machine: its number is in the bridge, the veths, the cgroups and the addresses, so
+that several clusters can be up at once.
 
-    slot 2:  bridge sftjob2   10.252.0.1      node-1: namespace, veth and cgroup sftjob2-node-1, 10.252.0.11
+    slot 2:  bridge sftjob2   10.252.0.1      node-1: veth and cgroup sftjob2-node-1, 10.252.0.11
              etcd             127.252.0.1     its pods 10.252.17.0/24, services 10.252.128.0/17
 """
 
@@ -22,14 +22,15 @@ class NodeLayout:
 
     name: str
     on_machine: str
-    """Of its network namespace, its veth on the bridge, and its cgroups. Interfaces have 15 characters at most."""
+    """Of its veth on the bridge and its cgroups. The name of an interface has 15 characters at most."""
     address: str
     pods: str
     state: Path
 
     @property
     def network_namespace(self) -> Path:
-        return Path("/run/netns") / self.on_machine
+        """Not by `ip netns`, which leaves a mount of /run/netns behind for ever."""
+        return self.state / "network-namespace"
 
 
 @dataclass(frozen=True)

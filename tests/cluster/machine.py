@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+from tests.cluster.images import AUTHORITIES
 from tests.cluster.layout import Layout
 from tests.cluster.node import controllers, hierarchies
 
@@ -14,7 +15,7 @@ CACHE = Path(os.environ.get("SFTJOB_CACHE") or Path.home() / ".cache" / "sftjob"
 BUILT = ("kubernetes", "training-operator", "helm", "versitygw")
 MANIFESTS = CACHE / "share" / "training-operator.yaml"
 COMMANDS = ("containerd", "ctr", "runc", "ip", "nft", "conntrack", "nsenter", "unshare")
-FILES = ("/usr/lib/cni/bridge", "/bin/busybox", "/bin/bash-static")
+FILES = ("/usr/lib/cni/bridge", "/bin/busybox", "/bin/bash-static", str(AUTHORITIES))
 NAMESPACES = ["unshare", "--mount", "--net", "--pid", "--uts", "--ipc", "--fork", "true"]
 
 
@@ -42,7 +43,6 @@ def traces(layout: Layout) -> list[str]:
         "interface": _lines(["ip", "-oneline", "link", "show"]),
         "address": _lines(["ip", "-oneline", "address", "show"]),
         "route": _lines(["ip", "route", "show", "table", "all"]),
-        "network namespace": [str(path) for path in Path("/run/netns").glob("*")],
         "mount": Path("/proc/self/mounts").read_text().splitlines(),
         "cgroup": [str(path) for hierarchy in hierarchies() for path in hierarchy.glob("*")],
         "process": _command_lines(),

@@ -55,7 +55,7 @@ class Node:
     def configure(self) -> None:
         """Write what its programs read."""
         state = self._place.state
-        (state / "cni").mkdir(parents=True)
+        (state / "cni").mkdir()
         (state / "resolv.conf").touch()
         spec = self._layout.state / SPEC
         (state / "containerd.toml").write_text(CONTAINERD.format(state=state, pause=PAUSE, handler=HANDLER, spec=spec))
@@ -64,7 +64,6 @@ class Node:
 
     def start(self) -> None:
         """Switch it on. Its files are those of the last time, as on a machine that boots again."""
-        # Not `ip netns exec`, which mounts /sys anew and hides the cgroups.
         enter = ["nsenter", f"--net={self._place.network_namespace}"]
         unshare = ["unshare", "--mount", "--pid", "--uts", "--ipc", "--fork", "--kill-child=KILL", "--mount-proc"]
         environment = {

@@ -13,6 +13,7 @@ for path in /var/lib/kubelet /var/log/pods /var/log/containers /var/lib/cni; do
 done
 mkdir -p /run/containerd
 mount -t tmpfs tmpfs /run/containerd
+mkdir -p /run/netns
 mount -t tmpfs tmpfs /run/netns # the pods' network namespaces would else be names outside
 mount --make-rshared /
 

@@ -15,8 +15,11 @@ def condition(status: dict[str, Any], kind: str) -> dict[str, Any]:
 def test_a_lost_node_costs_a_disruption_and_no_restart(lab: Lab, undisturbed_digest: str) -> None:
     job = lab.start("lost-node", jobs.LONG | {"scheduling": {"gang": "None"}})
     job.wait_for("a checkpoint", lambda status: status.get("checkpoint", {}).get("step", 0) >= 10)
-    nodes = {pod["spec"]["nodeName"] for pod in lab.cluster.list("Pod", lab.namespace, f"sftjob.dev/job={job.name}")}
-    lost = sorted(nodes)[-1]
+    lost = next(
+        pod["spec"]["nodeName"]
+        for pod in lab.cluster.list("Pod", lab.namespace, f"sftjob.dev/job={job.name}")
+        if pod["metadata"]["name"].endswith("-worker-0")
+    )
     lab.cluster.kill_node(lost)
     try:
         job.wait_for("a second attempt", lambda status: len(status.get("attempts", [])) == 2, minutes=5)
