@@ -77,6 +77,16 @@ def test_a_stop_ends_a_preparation_that_waits_for_its_store(base: Path, tmp_path
     assert out == f"Preempted (exit code 30): {said}\n"
 
 
+def test_a_command_that_is_told_to_stop_while_it_imports_has_heard_it() -> None:
+    command = [sys.executable, "-X", "importtime", "-m", "sft_trainer", "prepare", "no-such-run.json"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if line.split("|")[-1].strip() == "sft_api.base":
+                process.send_signal(signal.SIGTERM)
+    assert process.returncode == ExitCode.PREEMPTED
+
+
 @contextmanager
 def pods(run: Path, log: Path) -> Iterator[list[subprocess.Popen[str]]]:
     """A launcher for each pod, of one rank each, with the environment that the training operator gives them."""
