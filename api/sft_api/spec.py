@@ -318,6 +318,10 @@ class Saving(ApiModel):
     minutes."""
     keep: Keep = Keep()
     """Which complete checkpoints to keep. May change while the job runs."""
+    upload_megabytes_per_second: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
+    """How fast a machine uploads checkpoints while it trains, at most, in 1,000,000 bytes a second, shared equally by
+    its ranks. What training has to wait for (the next save, the end, a stop) goes as fast as it can. Unset: no
+    limit."""
     export: Export = Export.PHASE_END
     """When to write a Hugging Face model (safetensors, bf16) for inference."""
 

@@ -333,6 +333,10 @@ BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"spec.checkpoints.keep": {"last": 0}},
         ["spec.checkpoints.keep.last: 0 is not allowed; allowed: a whole number from 1 to 10000"],
     ),
+    "an upload limit that stops all uploads": (
+        {"spec.checkpoints.uploadMegabytesPerSecond": 0},
+        ["spec.checkpoints.uploadMegabytesPerSecond: 0 is not allowed; allowed: a whole number from 1 to 1000000"],
+    ),
     "a micro-batch shorter than the default sample": (
         {"spec.batch": {"maxTokensPerGPU": 2048}},
         [f"spec.batch.maxTokensPerGPU: 2048 is less than maxSequenceLength, 4096 by default: {FIT}"],
@@ -720,6 +724,7 @@ GOOD: dict[str, dict[str, Any]] = {
     "validation by fraction": {"spec.validation": {"fraction": 0.01, "every": {"steps": 50}}},
     "validation by URI": {"spec.validation": {"uri": "file://held-out.parquet", "format": "Pretraining"}},
     "the best by validation": {"spec.validation": {"fraction": 0.5}, "spec.checkpoints.keep": {"best": 2}},
+    "a limit to uploads": {"spec.checkpoints.uploadMegabytesPerSecond": 200},
     "checkpoints by the minute": {"spec.checkpoints.every": {"minutes": 0.5}},
     "a bucket of its own": {"spec.checkpoints.uri": "s3://granite", "spec.preparedData": {"uri": "s3://prepared/"}},
     "a micro-batch of one sample": {"spec.batch": {"maxTokensPerGPU": 512, "maxSequenceLength": 512}},
@@ -823,6 +828,7 @@ CHANGES: dict[str, Any] = {
     "spec.checkpoints.uri": "s3://lab/runs/other",
     "spec.checkpoints.every": {"minutes": 5},
     "spec.checkpoints.export": "End",
+    "spec.checkpoints.uploadMegabytesPerSecond": 200,
     "spec.seed": 1,
 }
 """A change to the smallest manifest, to a field that is immutable."""

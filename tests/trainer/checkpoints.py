@@ -16,6 +16,7 @@ from sft_api import names
 from sft_api.spec import Keep
 from sft_trainer.checkpoint import CheckpointMeta, CheckpointWriter
 from sft_trainer.store import ObjectInfo, Store
+from sft_trainer.store_pace import Pace
 
 KEYS = ("master", "exp_avg", "exp_avg_sq")
 SHAPES: dict[str, tuple[int, ...]] = {
@@ -112,6 +113,8 @@ class Gang:
         self.wait()
 
     def wait(self) -> None:
+        for writer in self.writers:  # all ranks wait at the same step
+            writer.has_settled(0.0)
         failures = []
         for writer in self.writers:
             try:
@@ -159,9 +162,9 @@ class FaultyStore(Store):
         store.faults = faults
         return store
 
-    def put(self, key: str, data: bytes | Path) -> None:
+    def put(self, key: str, data: bytes | Path, pace: Pace | None = None) -> None:
         self.faults.strike("put", self, [key])
-        super().put(key, data)
+        super().put(key, data, pace)
 
     def create(self, key: str, data: bytes) -> bool:
         self.faults.strike("create", self, [key])
@@ -203,11 +206,11 @@ class GatedStore(Store):
         store.gate, store.arrived, store.done = threading.Event(), threading.Event(), []
         return store
 
-    def put(self, key: str, data: bytes | Path) -> None:
+    def put(self, key: str, data: bytes | Path, pace: Pace | None = None) -> None:
         if isinstance(data, Path):
             self.arrived.set()
             assert self.gate.wait(60)
-        super().put(key, data)
+        super().put(key, data, pace)
         self.done.append(f"{self.uri}/{key}")
 
     def create(self, key: str, data: bytes) -> bool:

@@ -17,6 +17,7 @@ from sft_trainer.checkpoint import list_checkpoints, newest_complete
 from sft_trainer.checkpoint.staging import stage
 from sft_trainer.store import Store
 from sft_trainer.store_errors import Outage
+from sft_trainer.store_pace import Pace
 from tests.trainer.checkpoints import (
     Faults,
     FaultyStore,
@@ -277,9 +278,9 @@ class FailingStore(Store):
         store.outages = outages
         return store
 
-    def put(self, key: str, data: bytes | Path) -> None:
+    def put(self, key: str, data: bytes | Path, pace: Pace | None = None) -> None:
         self._fail(key)
-        super().put(key, data)
+        super().put(key, data, pace)
 
     def create(self, key: str, data: bytes) -> bool:
         created = super().create(key, data)
@@ -320,10 +321,10 @@ def test_an_outage_that_does_not_end_is_raised(tmp_path: Path, monkeypatch: pyte
 class ForgettingStore(Store):
     """A store that says yes and keeps something else."""
 
-    def put(self, key: str, data: bytes | Path) -> None:
+    def put(self, key: str, data: bytes | Path, pace: Pace | None = None) -> None:
         if isinstance(data, Path):
             data.write_bytes(bytes([data.read_bytes()[0] ^ 1]) + data.read_bytes()[1:])
-        super().put(key, data)
+        super().put(key, data, pace)
 
 
 def test_what_reads_back_otherwise_than_it_was_written_is_not_committed(store_uri: str, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -89,6 +90,7 @@ class Saver:
             before_commit=self.signals.flush,
             on_commit=self.signals.emit,
             on_problem=self._on_problem,
+            bytes_per_second=upload_share(self.config),
         )
         self._last_save = time.monotonic()
         return Cursor(**checkpoint.meta.cursor) if checkpoint else self.schedule.start()
@@ -212,6 +214,12 @@ class Saver:
         problem = checkpoint.verify(share)
         broken = self.ranks.gather([problem is not None])[:, 0].any()
         return problem or ("another rank found it damaged" if broken else None)
+
+
+def upload_share(config: RunConfig) -> float | None:
+    """Bytes a second that this rank may upload: its part of what its machine may. None: no limit."""
+    limit = config.checkpoints.upload_megabytes_per_second
+    return limit and 1e6 * limit / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def exit_code(failure: BaseException | None) -> int:

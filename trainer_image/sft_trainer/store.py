@@ -32,6 +32,7 @@ from obstore.store import AzureStore, GCSStore, LocalStore, S3Store
 from sft_api.run import ExitCode, RunError
 from sft_trainer import store_files
 from sft_trainer.store_errors import as_run_error, is_missing_object
+from sft_trainer.store_pace import Pace
 from sft_trainer.store_reader import RangeReader
 
 if TYPE_CHECKING:
@@ -129,16 +130,22 @@ class Store:
         child.uri = f"{self.uri}/{prefix}".rstrip("/")
         return child
 
-    def put(self, key: str, data: bytes | Path) -> None:
-        """Write an object, whole or not at all; one that is there is replaced. Multipart above 64 MiB."""
-        size = data.stat().st_size if isinstance(data, Path) else len(data)
+    def put(self, key: str, data: bytes | Path, pace: Pace | None = None) -> None:
+        """Write an object, whole or not at all; one that is there is replaced. Multipart above 64 MiB.
+
+        `pace`: how fast a file's bytes may leave.
+        """
+        size, part_bytes = data.stat().st_size if isinstance(data, Path) else len(data), PART_BYTES
+        body: bytes | Path | Iterator[bytes] = data
+        if pace is not None and isinstance(data, Path):
+            part_bytes, body = pace.part_bytes(size, PART_BYTES), pace.read(data)
         with self._errors("writing", key):
             obstore.put(
                 self._backend,
                 self._key(key),
-                data,
-                use_multipart=size > PART_BYTES,
-                chunk_size=PART_BYTES,
+                body,
+                use_multipart=size > part_bytes,
+                chunk_size=part_bytes,
                 max_concurrency=CONCURRENT_PARTS,
             )
 

@@ -38,6 +38,7 @@ from sft_trainer.checkpoint.records import (
 )
 from sft_trainer.checkpoint.shards import masters
 from sft_trainer.store import Store
+from sft_trainer.store_pace import Pace
 
 _SLOWEST_POLL_SECONDS = 2.0
 _Found = TypeVar("_Found")
@@ -56,8 +57,8 @@ class Place:
     """How long to wait for the other ranks' uploads."""
 
 
-def upload_rank(place: Place, staged: Path, meta: CheckpointMeta) -> RankManifest:
-    """Upload a staged shard, read it back, then say so in the rank's manifest."""
+def upload_rank(place: Place, staged: Path, meta: CheckpointMeta, pace: Pace | None = None) -> RankManifest:
+    """Upload a staged shard, at `pace`, read it back, then say so in the rank's manifest."""
     _take_place(place, meta)
     file = shard_file(place.rank)
     digest, coverage = _survey(staged)
@@ -71,7 +72,7 @@ def upload_rank(place: Place, staged: Path, meta: CheckpointMeta) -> RankManifes
         parameters_digest=str(digest),
         coverage=coverage,
     )
-    place.folder.put(file, staged)
+    place.folder.put(file, staged, pace)
     place.folder.make_durable([file])
     if problem := what_is_wrong(place.folder, manifest.shard):
         raise RunError(ExitCode.STORE_UNAVAILABLE, f"{problem}, a moment ago; step {meta.step} is not committed")

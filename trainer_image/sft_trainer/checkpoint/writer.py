@@ -24,6 +24,7 @@ from sft_trainer.checkpoint.shards import Piece
 from sft_trainer.checkpoint.staging import stage
 from sft_trainer.store import Retry, Store
 from sft_trainer.store_errors import Outage
+from sft_trainer.store_pace import Pace
 
 _Result = TypeVar("_Result")
 
@@ -50,6 +51,8 @@ class _Save:
     staged: Path
     started: float
     stall_seconds: float
+    pace: Pace | None
+    """How fast it may go, until training waits for it."""
 
 
 class CheckpointWriter:
@@ -73,13 +76,14 @@ class CheckpointWriter:
         on_commit: Callable[[CheckpointCommitted], None] = _nobody,
         on_problem: Callable[[str | None], None] = _nobody,
         patience: timedelta = timedelta(minutes=30),
+        bytes_per_second: float | None = None,
     ):
         """`store`: at checkpoints.uri. `staging`: a local folder of this attempt, emptied of this rank's files.
 
         `keep`: asked after each commit, for it may change. `resumed_from`: step of the checkpoint that this attempt
         went on from. `before_commit` and `on_commit` are called on rank 0, `on_problem` on every rank with what keeps
         its save from going on, and None when it goes on; all in the background thread. `patience`: how long to wait
-        for other ranks' uploads.
+        for other ranks' uploads. `bytes_per_second`: how fast this rank uploads while training goes on.
         """
         self._store, self._attempt, self._rank, self._world = store, attempt, rank, world
         self._keep = keep
@@ -87,11 +91,13 @@ class CheckpointWriter:
         self._staging = staging / f"rank-{rank:05d}"
         self._before_commit, self._on_commit, self._patience = before_commit, on_commit, patience
         self._on_problem = on_problem
+        self._bytes_per_second = bytes_per_second
         self._outage_seconds = OUTAGE_RETRIES * Retry.from_environment().seconds
         self._name = uuid.uuid4().hex
         self.committed_step = resumed_from
         """Step of the newest checkpoint that this rank knows to be committed."""
         self._in_flight: threading.Thread | None = None
+        self._pace: Pace | None = None
         self._failure: BaseException | None = None
         self._newest_step: int | None = None
         shutil.rmtree(self._staging, ignore_errors=True)
@@ -113,13 +119,16 @@ class CheckpointWriter:
         stage(staged, list(pieces), rank_state)
         self._newest_step = meta.step
         stall_seconds = waited + time.perf_counter() - clock
-        save = _Save(meta, staged, started, stall_seconds)
+        self._pace = Pace(self._bytes_per_second) if self._bytes_per_second else None
+        save = _Save(meta, staged, started, stall_seconds, self._pace)
         self._in_flight = threading.Thread(target=self._finish, args=(save,), name="checkpoint", daemon=True)
         self._in_flight.start()
         return stall_seconds
 
     def has_settled(self, seconds: float) -> bool:
-        """Whether, within so many seconds, no save is on its way any more."""
+        """Whether, within so many seconds, no save is on its way any more; now that somebody waits, without a limit."""
+        if self._pace is not None:
+            self._pace.lift()
         if self._in_flight is not None:
             self._in_flight.join(seconds)
         return self._in_flight is None or not self._in_flight.is_alive()
@@ -132,7 +141,7 @@ class CheckpointWriter:
     def wait(self) -> None:
         """Return when the newest save is committed, by all ranks; raise what kept it from being so."""
         if self._in_flight is not None:
-            self._in_flight.join()
+            self.has_settled(threading.TIMEOUT_MAX)
             self._in_flight = None
         if self._failure is not None:
             failure, self._failure = self._failure, None
@@ -157,7 +166,7 @@ class CheckpointWriter:
     def _upload_and_commit(self, save: _Save) -> None:
         folder = self._store.child(names.checkpoint(save.meta.step, self._attempt))
         place = Place(folder, self._attempt, self._rank, self._name, self._patience)
-        self._ride_out(lambda: upload_rank(place, save.staged, save.meta))
+        self._ride_out(lambda: upload_rank(place, save.staged, save.meta, save.pace))
         if self._rank != 0:
             self._ride_out(lambda: await_commit(place, save.meta))
             self.committed_step = save.meta.step
