@@ -36,7 +36,7 @@ def document(name: str, bucket: str, changes: dict[str, Any] | None = None) -> d
 
 
 LONG = {
-    "epochs": 60,
+    "epochs": 100,
     "checkpoints": {"every": {"steps": 10}},
     "validation": {"fraction": 0.15, "every": {"steps": 100}},
 }

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
+from sft_api import names
 from tests.cluster import jobs
 from tests.cluster.bed import RESTRICTED, Cluster
 from tests.trainer.runs import make_base
@@ -73,8 +74,15 @@ class Job:
     def wait_until_succeeded(self, minutes: float = 6) -> None:
         self.wait_for("Succeeded", lambda status: status.get("state") == "Succeeded", minutes)
 
-    def wait_for_step(self, step: int) -> None:
-        self.wait_for(f"step {step}", lambda status: status.get("progress", {}).get("step", 0) >= step)
+    def wait_for_commit(self, step: int) -> None:
+        """Until the bucket has a complete checkpoint of that step or a later one: sooner seen than any status says."""
+        self.wait_for(f"a checkpoint of step {step}", lambda _: any(found >= step for found in self.committed_steps()))
+
+    def committed_steps(self) -> list[int]:
+        """Of the complete checkpoints in the bucket, where the S3 server keeps objects as files."""
+        folder = self.lab.cluster.s3.folder / self.uri.removeprefix("s3://")
+        places = (names.parse_checkpoint(str(path.relative_to(folder))) for path in folder.glob("ckpt/*/*/COMPLETE"))
+        return sorted(place[0] for place in places if place)
 
     def patch(self, spec: dict[str, Any]) -> None:
         change = json.dumps({"spec": spec})
@@ -84,9 +92,10 @@ class Job:
     def digest(self) -> str:
         return str(jobs.last_checkpoint(self.uri, self.lab.environment, self.lab.folder)["parametersDigest"])
 
-    def children(self) -> list[str]:
+    def children(self, selector: str = "") -> list[str]:
+        """What the cluster has of the job; `selector` narrows it by labels."""
         kinds = "pytorchjobs,jobs,configmaps,pods,podgroups,services"
-        selector = f"sftjob.dev/job={self.name}"
+        selector = f"sftjob.dev/job={self.name}{selector and ','}{selector}"
         found = self.lab.cluster.kubectl("get", kinds, "-n", self.lab.namespace, "-l", selector, "-o", "name")
         return found.split()
 

@@ -14,7 +14,7 @@ def condition(status: dict[str, Any], kind: str) -> dict[str, Any]:
 
 def test_a_lost_node_costs_a_disruption_and_no_restart(lab: Lab, undisturbed_digest: str) -> None:
     job = lab.start("lost-node", jobs.LONG | {"scheduling": {"gang": "None"}})
-    job.wait_for("a checkpoint", lambda status: status.get("checkpoint", {}).get("step", 0) >= 10)
+    job.wait_for_commit(10)
     lost = next(
         pod["spec"]["nodeName"]
         for pod in lab.cluster.list("Pod", lab.namespace, f"sftjob.dev/job={job.name}")

@@ -13,7 +13,7 @@ from tests.cluster.lab import MINUTES, Job, Lab
 
 def test_a_killed_rank_costs_a_restart_and_the_parameters_are_the_same(lab: Lab, undisturbed_digest: str) -> None:
     job = lab.start("killed", jobs.LONG)
-    job.wait_for("a checkpoint", lambda status: status.get("checkpoint", {}).get("step", 0) >= 10)
+    job.wait_for_commit(10)
     os.kill(a_rank_of(job, "worker"), signal.SIGKILL)
     job.wait_for("a second attempt", lambda status: len(status.get("attempts", [])) == 2)
     first, second = job.status["attempts"]
@@ -58,12 +58,12 @@ def test_suspended_in_the_middle_and_resumed_it_ends_with_the_same_parameters(
     lab: Lab, undisturbed_digest: str
 ) -> None:
     job = lab.start("suspended", jobs.LONG)
-    job.wait_for_step(15)
+    job.wait_for_commit(10)
     job.patch({"suspend": True})
     job.wait_for("Suspended", lambda status: status.get("state") == "Suspended")
-    assert [child for child in job.children() if child.startswith(("pod/", "pytorchjob"))] == []
+    assert job.children("sftjob.dev/role=train") == []
     stopped_at = job.status["checkpoint"]["step"]
-    assert stopped_at >= 15
+    assert stopped_at >= 10
     job.patch({"suspend": False})
     job.wait_until_succeeded()
     assert job.status["attempts"][-1]["resumedFromStep"] == stopped_at
@@ -73,7 +73,7 @@ def test_suspended_in_the_middle_and_resumed_it_ends_with_the_same_parameters(
 
 def test_a_job_deleted_in_the_middle_leaves_nothing_but_the_bucket(lab: Lab) -> None:
     job = lab.start("deleted", jobs.LONG)
-    job.wait_for_step(5)
-    assert job.children()
+    job.wait_for_commit(10)
+    assert job.children("sftjob.dev/role=train")
     lab.cluster.kubectl("delete", "sft", job.name, "-n", lab.namespace)
     lab.cluster.wait_for("no child is left", lambda: not job.children(), 2 * MINUTES)
