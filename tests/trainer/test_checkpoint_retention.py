@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from sft_api import names
+from sft_api.run import ExitCode, RunError
 from sft_api.spec import Keep
 from sft_trainer.checkpoint import list_checkpoints, newest_complete
 from sft_trainer.checkpoint.retention import Committed, Lineage, surplus
 from sft_trainer.store import Store
+from sft_trainer.store_pace import Pace
 from tests.trainer.checkpoints import Faults, FaultyStore, Gang, Killed, make_state
 
 
@@ -146,3 +149,32 @@ def test_a_good_checkpoint_survives_a_damaged_one_that_is_newer(tmp_path: Path) 
     found = newest_complete(store)
     assert found is not None
     assert found.meta.step == 25
+
+
+class OvertakenStore(Store):
+    """A store in which a later attempt commits, and cleans up, after this one's shard has gone up."""
+
+    overtake: Callable[[], None]
+
+    def put(self, key: str, data: bytes | Path, pace: Pace | None = None) -> None:
+        super().put(key, data, pace)
+        if isinstance(data, Path):
+            self.overtake()
+
+
+def test_an_attempt_whose_files_a_later_one_removed_says_why_it_stops(store_uri: str, tmp_path: Path) -> None:
+    store = Store.open(store_uri)
+    Gang(store, tmp_path / "staging").save(make_state(10), 10)
+
+    def overtake() -> None:
+        later = Gang(store, tmp_path / "later", attempt=2, options={"resumed_from": 10})
+        later.save(make_state(21), 21)
+
+    overtaken = OvertakenStore.open(store_uri)
+    assert isinstance(overtaken, OvertakenStore)
+    overtaken.overtake = overtake
+    with pytest.raises(RunError, match="attempt 2 at this run has begun") as caught:
+        Gang(overtaken, tmp_path / "staging").save(make_state(20), 20)
+    assert caught.value.code == ExitCode.CONFIGURATION
+    rows = list_checkpoints(store, verify=True)
+    assert [(row.step, row.attempt, row.verified) for row in rows] == [(10, 1, True), (21, 2, True)]

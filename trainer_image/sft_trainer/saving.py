@@ -91,6 +91,7 @@ class Saver:
             on_commit=self.signals.emit,
             on_problem=self._on_problem,
             bytes_per_second=upload_share(self.config),
+            warn=self._warn,
         )
         self._last_save = time.monotonic()
         return Cursor(**checkpoint.meta.cursor) if checkpoint else self.schedule.start()

@@ -34,6 +34,7 @@ from sft_trainer import store_files
 from sft_trainer.store_errors import as_run_error, is_missing_object
 from sft_trainer.store_pace import Pace
 from sft_trainer.store_reader import RangeReader
+from sft_trainer.store_uploads import Bucket
 
 if TYPE_CHECKING:
     from obstore.store import ClientConfig, RetryConfig
@@ -257,11 +258,23 @@ class Store:
         """Remove what a killed writer left under `prefix` on file://: half-written `name#1` files, empty folders.
 
         Only for a prefix that nobody writes to; of the folders above it, those that are empty go too. Elsewhere there
-        is nothing to see: parts of an upload that was never completed are the business of the bucket's lifecycle rule.
+        is nothing to see: see `end_uploads`.
         """
         if self._root is not None:
             with self._errors("deleting", prefix):
                 store_files.sweep(self._root, prefix.strip("/"))
+
+    def end_uploads(self, prefix: str, begun_before: datetime) -> int:
+        """End the uploads under the folder `prefix` that began earlier, by the store's clock, and were never ended.
+
+        Returns their number. Only on s3:// and with the keys in the environment; docs/checkpoints.md has the rest.
+        """
+        scheme, _, place = self.uri.partition("://")
+        bucket = Bucket.of(place.split("/")[0], os.environ) if scheme == "s3" else None
+        if bucket is None:
+            return 0
+        with self._errors("ending uploads under", prefix):
+            return bucket.end_uploads(f"{self._key(prefix)}/", begun_before)
 
     def check_writable(self) -> None:
         """Pre-flight: write, read back and delete a small object, and see that a second create is refused."""

@@ -14,6 +14,7 @@ from typing import TypeVar
 
 from sft_api import names
 from sft_api.events import CheckpointCommitted
+from sft_api.run import ExitCode, RunError
 from sft_api.spec import Keep
 from sft_trainer.checkpoint.attempts import check_not_superseded
 from sft_trainer.checkpoint.catalog import committed
@@ -77,6 +78,7 @@ class CheckpointWriter:
         on_problem: Callable[[str | None], None] = _nobody,
         patience: timedelta = timedelta(minutes=30),
         bytes_per_second: float | None = None,
+        warn: Callable[[str], None] = _nobody,
     ):
         """`store`: at checkpoints.uri. `staging`: a local folder of this attempt, emptied of this rank's files.
 
@@ -84,6 +86,7 @@ class CheckpointWriter:
         went on from. `before_commit` and `on_commit` are called on rank 0, `on_problem` on every rank with what keeps
         its save from going on, and None when it goes on; all in the background thread. `patience`: how long to wait
         for other ranks' uploads. `bytes_per_second`: how fast this rank uploads while training goes on.
+        `warn`: told in the background thread of what went wrong and does no harm.
         """
         self._store, self._attempt, self._rank, self._world = store, attempt, rank, world
         self._keep = keep
@@ -91,7 +94,7 @@ class CheckpointWriter:
         self._staging = staging / f"rank-{rank:05d}"
         self._before_commit, self._on_commit, self._patience = before_commit, on_commit, patience
         self._on_problem = on_problem
-        self._bytes_per_second = bytes_per_second
+        self._bytes_per_second, self._warn = bytes_per_second, warn
         self._outage_seconds = OUTAGE_RETRIES * Retry.from_environment().seconds
         self._name = uuid.uuid4().hex
         self.committed_step = resumed_from
@@ -100,6 +103,7 @@ class CheckpointWriter:
         self._pace: Pace | None = None
         self._failure: BaseException | None = None
         self._newest_step: int | None = None
+        self._has_ended_uploads = False
         shutil.rmtree(self._staging, ignore_errors=True)
 
     def save(
@@ -158,10 +162,18 @@ class CheckpointWriter:
         try:
             self._upload_and_commit(save)
         except BaseException as error:  # raised again on the training thread
-            self._failure = error
-            self._on_problem(str(error))
+            self._failure = self._cause(error) if isinstance(error, Exception) else error
+            self._on_problem(str(self._failure))
         finally:
             save.staged.unlink(missing_ok=True)
+
+    def _cause(self, error: Exception) -> Exception:
+        """Why a save failed: a later attempt cleans up after this one, and then anything may be missing."""
+        try:
+            check_not_superseded(self._store, self._attempt)
+        except RunError as cause:
+            return cause if cause.code is ExitCode.CONFIGURATION else error
+        return error
 
     def _upload_and_commit(self, save: _Save) -> None:
         folder = self._store.child(names.checkpoint(save.meta.step, self._attempt))
@@ -175,6 +187,7 @@ class CheckpointWriter:
         self.committed_step = save.meta.step
         self._report(folder, manifest, save)
         self._ride_out(lambda: self._clean_up(manifest))
+        self._end_uploads()
 
     def _ride_out(self, work: Callable[[], _Result]) -> _Result:
         """Do `work`, again from its beginning after an outage of the store, until one has lasted too long."""
@@ -218,3 +231,15 @@ class CheckpointWriter:
             delete_checkpoint(self._store, old.step, old.attempt)
         for step, attempt in leftovers(self._store, self._lineage, newest):
             delete_checkpoint(self._store, step, attempt)
+
+    def _end_uploads(self) -> None:
+        """Free what dead attempts had uploaded of objects that they did not finish, once in this attempt's life."""
+        if self._has_ended_uploads:
+            return
+        self._has_ended_uploads = True
+        try:
+            if began := self._store.head(names.attempt(self._attempt)):
+                for prefix in (names.CHECKPOINTS, names.EXPORTS):
+                    self._store.end_uploads(prefix, began.modified)
+        except RunError as error:
+            self._warn(f"uploads that dead attempts left unfinished stay in the bucket: {error}")
