@@ -16,28 +16,8 @@ NAMESPACE = "kubeflow"
 NAME = "training-operator"
 CONFIGURATION = "training-operator-config"
 
-INIT_CONTAINER = """\
-- name: init-pytorch
-  image: {{.InitContainerImage}}
-  imagePullPolicy: IfNotPresent
-  securityContext:
-    allowPrivilegeEscalation: false
-    capabilities: {drop: [ALL]}
-  resources:
-    requests: {cpu: 50m, memory: 10Mi}
-    limits: {cpu: 500m, memory: 20Mi}
-  command:
-  - sh
-  - -c
-  - |
-    for i in $(seq {{.MaxTries}}); do
-      nslookup {{.MasterAddr}} && exit 0
-      echo waiting for master; sleep 2
-    done
-    exit 1
-"""
-"""The init container of workers as a restricted namespace takes it. Its own has no security context, and every worker
-pod is refused."""
+DOCUMENTED = Path(__file__).parents[2] / "docs/training-operator/config.yaml"
+"""What users are told to apply. Without it every worker pod is refused in a restricted namespace."""
 
 
 def manifests(rendered: Path, *, restricted: bool = True) -> list[Manifest]:
@@ -54,12 +34,9 @@ def manifests(rendered: Path, *, restricted: bool = True) -> list[Manifest]:
 
 def configuration() -> Manifest:
     """The ConfigMap that lets workers start in a restricted namespace. Optional to the Deployment, as for users."""
-    return {
-        "apiVersion": "v1",
-        "kind": "ConfigMap",
-        "metadata": {"name": CONFIGURATION, "namespace": NAMESPACE},
-        "data": {"initContainer.yaml": INIT_CONTAINER},
-    }
+    manifest: Manifest = yaml.safe_load(DOCUMENTED.read_text())
+    assert (manifest["metadata"]["name"], manifest["metadata"]["namespace"]) == (CONFIGURATION, NAMESPACE)
+    return manifest
 
 
 def is_available(client: Client) -> bool:
