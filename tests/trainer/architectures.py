@@ -32,6 +32,7 @@ PACKABLE: dict[str, dict[str, Any]] = {
     "granitemoe": {**_MOE, "logits_scaling": 4.0},
     "qwen2": {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1},
     "qwen3": {"head_dim": 24},
+    "qwen2_moe": {**_MOE, "shared_expert_intermediate_size": 32},
     "qwen3_moe": {**_MOE, "head_dim": 24},
     "gemma": {"head_dim": 16},
     "gemma2": {"head_dim": 16, "sliding_window": 16, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 3.0},

@@ -135,9 +135,9 @@ def running(
 
 def take_step(engine: Engine, samples: list[Sample], stage: int, learning_rate: float = LEARNING_RATE) -> float:
     """One optimizer step over `samples`, spread over the ranks; the norm before clipping."""
-    mine, scale = share(samples, stage), dist.get_world_size() / num_loss_tokens(samples)
+    mine = share(samples, stage)
     for index, micro_batch in enumerate(mine):
-        engine.backward(engine(micro_batch) * scale, last=index + 1 == len(mine))
+        engine.backward(engine(micro_batch) / num_loss_tokens(samples), last=index + 1 == len(mine))
     return engine.step(learning_rate)
 
 
@@ -219,14 +219,17 @@ class Reference:
 
     def step(self, samples: list[Sample], learning_rate: float = LEARNING_RATE) -> float:
         self.adam.zero_grad()
-        for sample in samples:
-            loss: Tensor = self.module([sample]) / num_loss_tokens(samples)
-            loss.backward()  # type: ignore[no-untyped-call]
+        self._backward(samples)
         norm = self._clip()
         for group in self.adam.param_groups:
             group["lr"] = learning_rate
         self.adam.step()
         return norm
+
+    def _backward(self, samples: list[Sample]) -> None:
+        for sample in samples:
+            loss: Tensor = self.module([sample]) / num_loss_tokens(samples)
+            loss.backward()  # type: ignore[no-untyped-call]
 
     def _clip(self) -> float:
         """The norm before clipping, in float64: torch's own is off by 5e-6 for parameters of 100,000 elements."""

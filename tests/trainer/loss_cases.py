@@ -16,18 +16,17 @@ LENGTHS = (9, 41, 30, 2, 17)
 WITHOUT_CLIPPING = 1e9
 
 
-def step_under_zero(stage: int, architecture: str, tied: bool) -> tuple[list[Part], float, float, int]:
-    """State after one step over all of LENGTHS, its norm, this rank's Σ loss, and the hits found in eval mode."""
-    model = tiny_model(architecture, tie_word_embeddings=tied)
+def step_under_zero(stage: int) -> tuple[list[Part], float, float, int]:
+    """On two ranks: state after a step over LENGTHS, its norm, this rank's Σ loss, and the hits found in eval mode."""
+    model = tiny_model("llama", tie_word_embeddings=True)
     choose_attention(model, None, "cpu")
     module = PackedLM(model)
     assert module.head is not None
     samples = random_samples(LENGTHS)
     num_targets = sum(int((labels != -100).sum()) for _, labels in samples)
-    rank, world = dist.get_rank(), dist.get_world_size()
-    mine = [samples[0], samples[2]] if rank == 0 else [samples[1], samples[3], samples[4]]
+    mine = [samples[0], samples[2]] if dist.get_rank() == 0 else [samples[1], samples[3], samples[4]]
     silent = (samples[0][0], torch.full_like(samples[0][1], -100))
-    batches = [mine[:1], mine[1:], [silent]] if world == 2 else [samples[:2], samples[2:], [silent]]
+    batches = [mine[:1], mine[1:], [silent]]
     with running(module, stage, optimizer=make_optimizer(max_grad_norm=WITHOUT_CLIPPING)) as engine:
         with engine.evaluating():
             hits = sum(int(engine(**packed(batch))[1]) for batch in batches)
@@ -35,7 +34,7 @@ def step_under_zero(stage: int, architecture: str, tied: bool) -> tuple[list[Par
         for batch in batches:
             loss, _ = engine(**packed(batch))
             total += float(loss.detach())
-            engine.backward(loss * (world / num_targets), last=batch is batches[-1])
+            engine.backward(loss / num_targets, last=batch is batches[-1])
         norm = engine.step(0.0)
         return parts(engine), norm, total, hits
 

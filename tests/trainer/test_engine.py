@@ -1,4 +1,4 @@
-"""A step of the engine against the same step in plain torch, for every ZeRO stage."""
+"""What the engine does besides a plain step, for every ZeRO stage; that a step is exact is shown in test_exact."""
 
 from __future__ import annotations
 
@@ -44,50 +44,8 @@ STAGES = [1, 2, 3]
 WITHOUT_CLIPPING = 1e9
 
 
-def three_steps(stage: int, sizes: list[int], max_grad_norm: float, tied: bool) -> tuple[list[float], list[list[Part]]]:
-    """The norms, and the state after the first and after the last step."""
-    with running(make_module(tied=tied), stage, optimizer=make_optimizer(max_grad_norm=max_grad_norm)) as engine:
-        norms = [take_step(engine, make_samples(0, sizes[0]), stage)]
-        states = [parts(engine)]
-        norms += [take_step(engine, make_samples(step, sizes[step]), stage) for step in (1, 2)]
-        return norms, [*states, parts(engine)]
-
-
-def first_gradient(whole: Whole) -> dict[str, NDArray[np.float32]]:
-    """The gradient of the first step, as Adam saw it: after clipping."""
-    return {name: values["exp_avg"] / np.float32(1 - 0.9) for name, values in whole.items()}
-
-
 def masters(whole: Whole) -> dict[str, NDArray[np.float32]]:
     return {name: values["master"] for name, values in whole.items()}
-
-
-@pytest.mark.parametrize(
-    ("world", "sizes", "max_grad_norm", "tied"),
-    [
-        pytest.param(1, [11, 9, 5], 0.5, False, id="1-rank"),
-        pytest.param(2, [11, 9, 5], 0.5, False, id="2-ranks"),
-        pytest.param(2, [11, 9, 5], WITHOUT_CLIPPING, True, id="2-ranks-unclipped-tied"),
-        pytest.param(3, [2, 13, 1], 0.5, False, id="3-ranks-one-without-samples"),
-    ],
-)
-@pytest.mark.parametrize("stage", STAGES)
-def test_a_step_is_that_of_the_whole_batch_in_plain_torch(
-    gang: Gangs, stage: int, world: int, sizes: list[int], max_grad_norm: float, tied: bool
-) -> None:
-    answers = gang(world).run(three_steps, stage, sizes, max_grad_norm, tied)
-    after_one, after_three = (assemble([states[at] for _, states in answers])[0] for at in (0, 1))
-
-    reference = Reference(make_module(tied=tied), make_optimizer(max_grad_norm=max_grad_norm))
-    norms = [reference.step(make_samples(0, sizes[0]))]
-    gradient = reference.gradient()
-    norms += [reference.step(make_samples(step, sizes[step])) for step in (1, 2)]
-
-    assert max_grad_norm == WITHOUT_CLIPPING or min(norms) > max_grad_norm, "clipping must be active"
-    assert relative_error(first_gradient(after_one), gradient) < 1e-6
-    assert relative_error(masters(after_three), reference.parameters()) < 1e-6
-    for seen, _ in answers:
-        assert seen == pytest.approx(norms, rel=1e-6)
 
 
 def new_phase(stage: int, state: OptimizerState) -> list[Part]:
@@ -122,25 +80,14 @@ def test_a_new_phase_brings_its_settings_and_keeps_or_resets_adam(
     assert relative_error(masters(whole), reference.parameters()) < 1e-6
 
 
-def bf16_sum_error(stage: int, left_out: list[str]) -> float:
-    """How far the gradient that Adam saw is from the exact sum of the same bf16 micro-gradients, relatively.
+def bf16_sum_error(left_out: list[str]) -> float:
+    """How far the gradient that Adam sees is from the exact sum of the same bf16 micro-gradients, relatively.
 
-    `left_out`: keys to take from deepspeed's configuration, driven without our engine.
+    `left_out`: keys to take from deepspeed's configuration under ZeRO 1, driven without our engine.
     """
-    samples, world = make_samples(0, 64), dist.get_world_size()
-    scale = world / num_loss_tokens(samples)
-    exact = exact_sum(in_bf16(make_module(tied=True)), samples, scale / world)
-    mine = samples[dist.get_rank() :: world]
-    optimizer = make_optimizer(max_grad_norm=WITHOUT_CLIPPING)
-    if left_out:
-        seen = adam_gradient_without(left_out, make_module(tied=True), stage, mine, scale)
-    else:
-        with running(make_module(tied=True), stage, bf16=True, optimizer=optimizer) as engine:
-            for index, sample in enumerate(mine):
-                engine.backward(engine([sample]) * scale, last=index + 1 == len(mine))
-            engine.step(LEARNING_RATE)
-            seen = gather_gradient(engine)
-    return relative_error(seen, exact)
+    samples = make_samples(0, 64)
+    exact = exact_sum(in_bf16(make_module(tied=True)), samples)
+    return relative_error(adam_gradient_without(left_out, make_module(tied=True), samples), exact)
 
 
 def in_bf16(module: SummedLoss) -> SummedLoss:
@@ -149,51 +96,36 @@ def in_bf16(module: SummedLoss) -> SummedLoss:
     return module
 
 
-def exact_sum(module: SummedLoss, samples: list[Sample], scale: float) -> dict[str, NDArray[np.float64]]:
+def exact_sum(module: SummedLoss, samples: list[Sample]) -> dict[str, NDArray[np.float64]]:
     total = {name: np.zeros(p.numel()) for name, p in module.model.named_parameters()}
     for sample in samples:
         module.zero_grad()
-        # The loss is scaled as it is in training: the rounding of the bf16 micro-gradients is then the same.
-        (module([sample]) * (scale * dist.get_world_size())).backward()
+        (module([sample]) / num_loss_tokens(samples)).backward()
         for name, parameter in module.model.named_parameters():
-            total[name] += grad_of(parameter).double().numpy().ravel() / dist.get_world_size()
+            total[name] += grad_of(parameter).double().numpy().ravel()
     return total
 
 
-def gather_gradient(engine: Engine) -> dict[str, NDArray[np.float32]]:
-    of_all_ranks: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(of_all_ranks, parts(engine))
-    return first_gradient(assemble(of_all_ranks)[0])
-
-
-def adam_gradient_without(
-    keys: list[str], module: SummedLoss, stage: int, mine: list[Sample], scale: float
-) -> dict[str, NDArray[np.float32]]:
+def adam_gradient_without(keys: list[str], module: SummedLoss, samples: list[Sample]) -> dict[str, NDArray[np.float32]]:
     """deepspeed on its own; stage 1 and one rank keep the parameters in order in one flat vector a group."""
     count = sum(parameter.numel() for parameter in module.parameters())
-    config = deepspeed_config(stage, True, WITHOUT_CLIPPING, count, CPU)
+    config = deepspeed_config(1, True, WITHOUT_CLIPPING, count, CPU)
     config = {key: value for key, value in config.items() if key not in keys}
-    adam = torch.optim.AdamW(parameter_groups(module), lr=LEARNING_RATE, betas=(0.9, 0.95))
+    adam = torch.optim.AdamW(parameter_groups(module), lr=LEARNING_RATE, betas=(0.0, 0.95))
     names = {id(parameter): name for name, parameter in module.model.named_parameters()}
     layout = [[(names[id(p)], p.numel()) for p in group["params"]] for group in adam.param_groups]
     engine, *_ = load_deepspeed(CPU).initialize(model=module, optimizer=adam, config=config, dist_init_required=False)
-    for index, sample in enumerate(mine):
-        engine.set_gradient_accumulation_boundary(index + 1 == len(mine))
-        engine.backward(engine([sample]) * scale, scale_wrt_gas=False)
+    for index, sample in enumerate(samples):
+        engine.set_gradient_accumulation_boundary(index + 1 == len(samples))
+        engine.backward(engine([sample]) / num_loss_tokens(samples), scale_wrt_gas=False)
     engine.step()
     seen = {}
     for group, entries in zip(adam.param_groups, layout, strict=True):
-        flat = adam.state[group["params"][0]]["exp_avg"].numpy() / np.float32(1 - 0.9)
+        flat = adam.state[group["params"][0]]["exp_avg"].numpy()
         for name, size in entries:
             seen[name], flat = flat[:size], flat[size:]
     engine.destroy()
     return seen
-
-
-@pytest.mark.parametrize("world", [1, 2])
-@pytest.mark.parametrize("stage", STAGES)
-def test_bf16_gradients_are_summed_in_fp32_over_micro_batches_and_ranks(gang: Gangs, stage: int, world: int) -> None:
-    assert max(gang(world).run(bf16_sum_error, stage, [])) < 1e-6
 
 
 @pytest.mark.parametrize(
@@ -205,7 +137,8 @@ def test_bf16_gradients_are_summed_in_fp32_over_micro_batches_and_ranks(gang: Ga
 )
 def test_without_the_two_keys_bf16_sums_are_rounded(gang: Gangs, left_out: list[str], error: float) -> None:
     """The keys that the engine sets are needed: this is the error it would have without them."""
-    assert min(gang(1).run(bf16_sum_error, 1, left_out)) > error
+    assert gang(1).run(bf16_sum_error, []) < [1e-6]
+    assert gang(1).run(bf16_sum_error, left_out) > [error]
 
 
 def poisoned(stage: int, bf16: bool) -> tuple[list[Part], list[Part], float, bool, bool]:

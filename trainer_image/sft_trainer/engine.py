@@ -4,12 +4,11 @@ One code path serves every stage, precision and device:
 
     for micro_batch in mine:
         cross_entropy, _ = engine(**micro_batch)
-        engine.backward(cross_entropy * world / num_loss_tokens_of_the_step, last=micro_batch is mine[-1])
+        engine.backward(cross_entropy / num_loss_tokens_of_the_step, last=micro_batch is mine[-1])
     norm = engine.step(learning_rate)
 
-DeepSpeed averages over ranks, hence `world`. Gradients are accumulated and reduced in fp32. Every rank takes part in
-every step with at least one micro-batch, and under ZeRO 2 and 3 all with equally many: they communicate in each
-backward pass.
+Gradients are added up over micro-batches and ranks, in fp32. Every rank takes part in every step with at least one
+micro-batch, and under ZeRO 2 and 3 all with equally many: they communicate in each backward pass.
 
 deepspeed is imported by the first function that needs it, for it picks its device when it is imported.
 """
@@ -140,6 +139,7 @@ class Engine:
         deepspeed = load_deepspeed(device)
         self._prefix = prefix
         self._zero3 = stage == 3
+        self._averaged_over = dist.get_world_size() if self._zero3 else 1
         self._gathered = deepspeed.zero.GatheredParameters
         self.skipped = False
         unrounded = {name: p.data for name, p in module.named_parameters() if p.dtype == torch.float32} if bf16 else {}
@@ -183,7 +183,7 @@ class Engine:
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """Add the gradient of this micro-batch. `last`: this rank's last one of the step."""
         self._engine.set_gradient_accumulation_boundary(last)
-        self._engine.backward(loss, scale_wrt_gas=False)
+        self._engine.backward(loss * self._averaged_over, scale_wrt_gas=False)
 
     def step(self, learning_rate: float) -> float:
         """One optimizer step; collective. Returns the global norm of the gradient before clipping."""
@@ -344,6 +344,9 @@ def deepspeed_config(
         # Both are needed: the first for the sum over micro-batches, the second for that over ranks.
         **({"data_types": {"grad_accum_dtype": "fp32"}} if bf16 else {}),
         "communication_data_type": "fp32",
+        # To average, ZeRO 2 divides gradients while they are in bf16: off by 1e-3 where ranks are no power of two.
+        # ZeRO 3 can only average, and does so in fp32.
+        "gradient_allreduce_op": "mean" if stage == 3 else "sum",
         "zero_optimization": {
             "stage": stage,
             # Stage 1 reduces once a step and has nothing to overlap with.

@@ -16,9 +16,10 @@ from transformers import PreTrainedModel
 
 from sft_api.events import Message, PhasePlan, Started
 from sft_api.run import ExitCode, RunConfig, RunError
-from sft_api.spec import Keep, Packing, Precision
+from sft_api.spec import Packing, Precision
 from sft_api.status import CheckpointStatus, PhaseStatus, Progress
 from sft_trainer.attention import choose_attention, padded_attention
+from sft_trainer.balance import Balance
 from sft_trainer.engine import Engine
 from sft_trainer.exports import Exports
 from sft_trainer.heartbeat import Heartbeat
@@ -52,8 +53,8 @@ class Workplace:
     signals: Signals
     heartbeat: Heartbeat
     stop: Stopping
-    keep: Callable[[], Keep]
-    """Which checkpoints to keep, as it is now."""
+    told: Callable[[], RunConfig]
+    """The resolved job as it is now; what may change while it runs is asked of this, the rest of `config`."""
 
 
 @dataclass
@@ -64,6 +65,7 @@ class Job:
     ranks: Ranks
     numbers: ModelNumbers
     engine: Engine
+    balance: Balance | None
     packer: Packer
     data: list[PhaseData]
     schedule: Schedule
@@ -73,7 +75,14 @@ class Job:
     signals: Signals
     heartbeat: Heartbeat
     stop: Stopping
+    told: Callable[[], RunConfig]
     cursor: Cursor
+
+    @property
+    def loss_guard(self) -> float:
+        """The largest loss of a run that has not diverged, as this rank was told; the first rank's counts."""
+        limit = self.told().loss_guard
+        return math.inf if limit is None else limit
 
     def validate(self, step: int, phase: str) -> float | None:
         """Score the held-out data, if there is any; collective. The loss, or None where told to stop on the way."""
@@ -82,14 +91,28 @@ class Job:
         metrics = self.validation.score(self.engine, self.ranks, step, phase, self.stop, self.heartbeat)
         if metrics is None:
             return None
-        if not math.isfinite(metrics.loss):
-            raise RunError(
-                ExitCode.DIVERGED,
-                f"the held-out loss is {metrics.loss} after step {step}: the model is broken. The checkpoints before"
-                " it are good; lower spec.optimizer.learningRate, or look for broken samples or base weights",
-            )
+        guard(f"the held-out data after step {step}", metrics.loss, self.ranks.gather([self.loss_guard])[0, 0])
         self.signals.emit(metrics)
         return metrics.loss
+
+
+def guard(what: str, loss: float, limit: float, grad_norm: float = 0.0, skipped: bool = False) -> None:
+    """Raises RunError(DIVERGED) before anything is kept of `what` if its loss is above the limit or not finite."""
+    if skipped or not math.isfinite(loss) or not math.isfinite(grad_norm):
+        gradient = f" and gradient norm {grad_norm}" if grad_norm else ""
+        found = f"{what} has loss {loss}{gradient}"
+        advice = (
+            "lower spec.optimizer.learningRate or spec.optimizer.maxGradNorm, or look for broken samples or weights"
+        )
+    elif loss > limit:
+        found = f"{what} has loss {loss:.4g}, above spec.lifecycle.lossGuard {limit:g}"
+        advice = "lower spec.optimizer.learningRate, look for broken samples, or raise spec.lifecycle.lossGuard"
+    else:
+        return
+    raise RunError(
+        ExitCode.DIVERGED,
+        f"{found}: the run has diverged. The checkpoints are from before it; {advice}",
+    )
 
 
 def assemble(config: RunConfig, model_folder: Path, workplace: Workplace) -> Job:
@@ -145,7 +168,7 @@ def assemble(config: RunConfig, model_folder: Path, workplace: Workplace) -> Job
         signals,
         heartbeat,
         workplace.work,
-        workplace.keep,
+        lambda: workplace.told().checkpoints.keep,
     )
     cursor = saver.restore(engine)
     stop.before_training()
@@ -175,6 +198,7 @@ def assemble(config: RunConfig, model_folder: Path, workplace: Workplace) -> Job
         ranks,
         numbers,
         engine,
+        packed.balance,
         packer,
         data,
         schedule,
@@ -184,6 +208,7 @@ def assemble(config: RunConfig, model_folder: Path, workplace: Workplace) -> Job
         signals,
         heartbeat,
         stop,
+        workplace.told,
         cursor,
     )
 

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from sft_trainer.attention import stock_attention
 from sft_trainer.attention_backends import packed_arguments
+from sft_trainer.balance import find_balance
 
 IGNORED = -100
 """The label of a token that bears no loss."""
@@ -211,8 +212,9 @@ class LossHead(nn.Module):
 class PackedLM(nn.Module):
     """A causal language model that answers a micro-batch with its loss.
 
-    `model` is the model; a parameter's name here is `model.` and its name there. `notices` says in sentences
-    what the owner of the run should know about how the loss is computed.
+    `model` is the model; a parameter's name here is `model.` and its name there. `balance` is the balance loss that it
+    asks for, if it does. `notices` says in sentences what the owner of the run should know about how the loss is
+    computed.
     """
 
     def __init__(self, model: PreTrainedModel):
@@ -221,7 +223,8 @@ class PackedLM(nn.Module):
         self.model = model
         form, self.head_reason = verify_head(model)
         self.head = LossHead(model.get_output_embeddings(), form) if form else None
-        self.notices = [*([] if form else [self.head_reason]), *_auxiliary_loss_notice(model.config)]
+        self.balance, notices = find_balance(model)
+        self.notices = [*([] if form else [self.head_reason]), *notices]
 
     def forward(
         self,
@@ -232,23 +235,47 @@ class PackedLM(nn.Module):
         max_length: int | None = None,
         lengths: Sequence[int] | None = None,
         attention_mask: Tensor | None = None,
+        expert_weights: Tensor | None = None,
+        counts_routes: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """(Σ cross-entropy over the targets in fp32, number of targets ranked first; 0 in training mode).
 
         Packed: input_ids, position_ids and labels `[1, T]`, cu_seq_lens int32 `[samples + 1]`, max_length, lengths.
         Padded on the right: input_ids, labels and attention_mask `[n, L]`. Labels are shifted already, −100 for none.
-        Without a target the loss is 0 and still touches every trainable parameter.
+        Without a target the loss is 0 and still touches every trainable parameter; such a micro-batch is a dummy.
+
+        For a model with `balance`: with `expert_weights` `[experts]` the first value also has the gradient of Σ weight
+        · probability over tokens and layers; its value stays the cross-entropy. With `counts_routes` the answer is
+        (0, how many routes of the micro-batch's tokens go to each expert).
         """
         arguments = self._packed_or_padded(position_ids, cu_seq_lens, max_length, lengths, attention_mask)
         flat = labels.reshape(-1)
         rows = (flat != IGNORED).nonzero().squeeze(1)
         targets = flat[rows]
+        if expert_weights is not None or counts_routes:
+            arguments["output_router_logits"] = True
         if self.head is None:
-            logits = self.model(input_ids=input_ids, **arguments).logits
-            return _whole_logits_loss(logits.flatten(0, 1)[rows], targets, count_hits=not self.training)
-        hidden = self.model.base_model(input_ids=input_ids, **arguments).last_hidden_state
-        result: tuple[Tensor, Tensor] = self.head(hidden.flatten(0, 1)[rows], targets)
-        return result
+            output = self.model(input_ids=input_ids, **arguments)
+        else:
+            output = self.model.base_model(input_ids=input_ids, **arguments)
+        if counts_routes:
+            return flat.new_zeros((), dtype=torch.float32), self._routes(output.router_logits, attention_mask, targets)
+        if self.head is None:
+            loss, hits = _whole_logits_loss(output.logits.flatten(0, 1)[rows], targets, count_hits=not self.training)
+        else:
+            loss, hits = self.head(output.last_hidden_state.flatten(0, 1)[rows], targets)
+        if expert_weights is not None:
+            assert self.balance is not None
+            # A dummy has no share in it but the same graph: ZeRO 3 hangs where ranks differ in the order of modules.
+            weights = expert_weights if len(targets) else torch.zeros_like(expert_weights)
+            extra = self.balance.loss(output.router_logits, _is_token(attention_mask), weights)
+            loss = loss + (extra - extra.detach())
+        return loss, hits
+
+    def _routes(self, router_logits: Sequence[Tensor], attention_mask: Tensor | None, targets: Tensor) -> Tensor:
+        assert self.balance is not None
+        routes = self.balance.count_routes(router_logits, _is_token(attention_mask))
+        return routes if len(targets) else torch.zeros_like(routes)
 
     @staticmethod
     def _packed_or_padded(
@@ -267,6 +294,10 @@ class PackedLM(nn.Module):
             "position_ids": position_ids,
             **packed_arguments(cu_seq_lens, max(lengths) if max_length is None else max_length, lengths),
         }
+
+
+def _is_token(attention_mask: Tensor | None) -> Tensor | None:
+    return None if attention_mask is None else attention_mask.flatten().bool()
 
 
 def _whole_logits_loss(logits: Tensor, targets: Tensor, count_hits: bool) -> tuple[Tensor, Tensor]:
@@ -312,13 +343,3 @@ def _form_from_config(config: Any) -> LogitsForm:
 
 def _whole(why: str) -> str:
     return f"the model's whole logits are kept for the loss, which costs memory: {why}"
-
-
-def _auxiliary_loss_notice(config: Any) -> list[str]:
-    coefficient = getattr(config.get_text_config(), "router_aux_loss_coef", 0)
-    if not coefficient or not getattr(config.get_text_config(), "output_router_logits", False):
-        return []
-    return [
-        f"the config asks for a router auxiliary loss (router_aux_loss_coef {coefficient}): it is not added, the loss "
-        "is the cross-entropy alone"
-    ]

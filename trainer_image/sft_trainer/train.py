@@ -11,8 +11,9 @@ from torch import Tensor
 from sft_api.events import StepMetrics
 from sft_api.run import ExitCode, RunError
 from sft_api.spec import OptimizerState
+from sft_trainer.balance import weigh_experts
 from sft_trainer.batches import Step, StepLoader
-from sft_trainer.job import Job
+from sft_trainer.job import Job, guard
 from sft_trainer.schedule import Cursor
 from sft_trainer.signals import peak_flops, peak_memory, training_flops
 
@@ -29,7 +30,8 @@ def train(job: Job, progress: Progress) -> None:
     """Walk the schedule from the job's cursor to its end; collective.
 
     Returns when all is trained, committed and exported. Raises RunError with PREEMPTED after a committed checkpoint
-    when a rank was told to stop, with DIVERGED when a loss or gradient is not finite: nothing of that step is kept.
+    when a rank was told to stop, with DIVERGED when a loss or gradient is not finite or a loss above the guard: nothing
+    of that step is kept.
     """
     config, ranks, engine, schedule, cursor = job.config, job.ranks, job.engine, job.schedule, job.cursor
     resumed = job.saver.resumed
@@ -55,11 +57,12 @@ def train(job: Job, progress: Progress) -> None:
             job.heartbeat.beat(f"step {cursor.step + 1} (phase {phase.name})")
             learning_rate = schedule.learning_rate(cursor.phase, schedule.step_in_phase(cursor))
             cross_entropy = torch.zeros((), dtype=torch.float64, device=ranks.device)
+            experts = weigh_experts(engine, job.balance, ranks, step)
             for index, micro_batch in enumerate(step.mine):
                 # A sum over tokens, divided by the loss tokens of all ranks in this step: the gradient does not
-                # depend on how samples were packed or spread. DeepSpeed averages over ranks, hence `world`.
-                loss_sum, _ = engine(**micro_batch)
-                engine.backward(loss_sum * (ranks.world / step.num_loss_tokens), last=index + 1 == len(step.mine))
+                # depend on how samples were packed or spread.
+                loss_sum, _ = engine(**micro_batch, **experts)
+                engine.backward(loss_sum / step.num_loss_tokens, last=index + 1 == len(step.mine))
                 cross_entropy += loss_sum.detach()
             grad_norm = engine.step(learning_rate)
             before, cursor = cursor, schedule.after(cursor, step.num_samples, step.num_tokens, step.num_loss_tokens)
@@ -68,7 +71,7 @@ def train(job: Job, progress: Progress) -> None:
             # The one collective of ours: what the ranks must know alike to decide alike.
             everyone = share(job, cross_entropy)
             loss = everyone.cross_entropy / step.num_loss_tokens
-            guard(loss, grad_norm, cursor, engine.skipped)
+            guard(f"step {cursor.step}", loss, everyone.loss_guard, grad_norm, engine.skipped)
             progress.step = cursor.step
             metrics = step_metrics(job, step, cursor, phase.name, loss, grad_norm, learning_rate, started, everyone)
             job.saver.productive_seconds += metrics.seconds
@@ -107,6 +110,7 @@ class Shared:
     keeps_the_best: bool
     memory_bytes: int
     """Largest peak memory of a rank."""
+    loss_guard: float
 
 
 def share(job: Job, cross_entropy: Tensor) -> Shared:
@@ -119,6 +123,7 @@ def share(job: Job, cross_entropy: Tensor) -> Shared:
         saver.keeps_the_best,
         saver.problem is not None,
         peak_memory(job.ranks.device),
+        job.loss_guard,
     ]
     everyone = job.ranks.gather(mine)
     job.stop.hear(everyone[:, 1])
@@ -128,6 +133,7 @@ def share(job: Job, cross_entropy: Tensor) -> Shared:
         minutes_are_up=bool(everyone[0, 2]),
         keeps_the_best=bool(everyone[0, 3]),
         memory_bytes=int(everyone[:, 5].max()),
+        loss_guard=float(everyone[0, 6]),
     )
 
 
@@ -165,18 +171,6 @@ def step_metrics(
         memory_bytes=everyone.memory_bytes,
         time=time.time(),
     )
-
-
-def guard(loss: float, grad_norm: float, cursor: Cursor, skipped: bool) -> None:
-    """Stop before anything of a step that is not finite is kept."""
-    values = torch.tensor([loss, grad_norm])
-    if skipped or not bool(torch.isfinite(values).all()):
-        raise RunError(
-            ExitCode.DIVERGED,
-            f"step {cursor.step} has loss {loss} and gradient norm {grad_norm}: the run has diverged. The checkpoints"
-            " before it are good; lower spec.optimizer.learningRate or spec.optimizer.maxGradNorm, or look for"
-            " broken samples",
-        )
 
 
 def utilisation(job: Job, step: Step, seconds: float) -> float | None:
