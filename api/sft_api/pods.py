@@ -164,6 +164,9 @@ class Lifecycle(ApiModel):
     hang_timeout_seconds: Annotated[int, Field(ge=10, le=1_000_000)] = 1800
     """How long no step may end before the gang is taken to hang: it says where, and is restarted. Longer than the
     longest step, validation or export."""
+    loss_guard: Annotated[float, Field(gt=0, le=1e9)] | None = None
+    """A loss above it, of a step or of the held-out data, ends the run as diverged and nothing of it is kept. Unset:
+    only a loss or gradient that is not finite does."""
 
 
 OPAQUE = {"additionalProperties": {"x-kubernetes-preserve-unknown-fields": True}}

@@ -82,6 +82,7 @@ def resolve(job: SFTJob) -> RunConfig:
         if spec.prepared_data
         else names.prepared_data_uri(spec.checkpoints.uri),
         hang_timeout_seconds=spec.lifecycle.hang_timeout_seconds,
+        loss_guard=spec.lifecycle.loss_guard,
     )
 
 

@@ -119,3 +119,5 @@ class RunConfig(ApiModel):
     prepared_data_uri: str
     hang_timeout_seconds: int = Lifecycle().hang_timeout_seconds
     """`spec.lifecycle.hangTimeoutSeconds`. A run.json of before it was there is read too."""
+    loss_guard: float | None = None
+    """`spec.lifecycle.lossGuard`."""

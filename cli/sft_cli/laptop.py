@@ -37,7 +37,7 @@ def cluster_fields(job: SFTJob) -> Iterator[str]:
     if "scheduling" in spec.model_fields_set:
         yield "spec.scheduling"
     for name, field in type(spec.lifecycle).model_fields.items():
-        if name != "hang_timeout_seconds" and name in spec.lifecycle.model_fields_set:
+        if name not in ("hang_timeout_seconds", "loss_guard") and name in spec.lifecycle.model_fields_set:
             yield f"spec.lifecycle.{field.alias}"
 
 

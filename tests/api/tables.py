@@ -568,6 +568,10 @@ BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"spec.lifecycle": {"hangTimeoutSeconds": 1}},
         ["spec.lifecycle.hangTimeoutSeconds: 1 is not allowed; allowed: a whole number from 10 to 1000000"],
     ),
+    "no loss at all": (
+        {"spec.lifecycle": {"lossGuard": 0}},
+        ["spec.lifecycle.lossGuard: 0 is not allowed; allowed: a number above 0 and at most 1e+09"],
+    ),
     "less than no restarts": (
         {"spec.lifecycle": {"maxRestarts": -1}},
         ["spec.lifecycle.maxRestarts: -1 is not allowed; allowed: a whole number from 0 to 10000"],
@@ -801,6 +805,7 @@ GOOD: dict[str, dict[str, Any]] = {
             "activeDeadlineSeconds": 1,
             "ttlSecondsAfterFinished": 0,
             "hangTimeoutSeconds": 10,
+            "lossGuard": 0.5,
         }
     },
     "suspended from the start": {"spec.suspend": True},
@@ -836,7 +841,7 @@ CHANGES: dict[str, Any] = {
 LABELS = "metadata.labels"
 MAY_CHANGE: dict[str, Any] = {
     "spec.checkpoints.keep": {"last": 5, "phaseEnds": False},
-    "spec.lifecycle": {"maxRestarts": 0, "activeDeadlineSeconds": 60, "hangTimeoutSeconds": 60},
+    "spec.lifecycle": {"maxRestarts": 0, "activeDeadlineSeconds": 60, "lossGuard": 9.5},
     "spec.suspend": True,
     LABELS: {"team": "lab"},
 }

@@ -173,6 +173,11 @@ def test_the_trainer_is_told_how_long_a_step_may_take() -> None:
     assert resolved({"spec.lifecycle": {"hangTimeoutSeconds": 60}}).hang_timeout_seconds == 60
 
 
+def test_the_trainer_is_told_above_which_loss_a_run_has_diverged() -> None:
+    assert resolved().loss_guard is None
+    assert resolved({"spec.lifecycle": {"lossGuard": 9.5}}).loss_guard == 9.5
+
+
 def test_the_trainer_is_told_nothing_of_pods_and_secrets() -> None:
     config = resolved(
         {
@@ -184,6 +189,6 @@ def test_the_trainer_is_told_nothing_of_pods_and_secrets() -> None:
     assert "of-ours" not in config.model_dump_json()
 
 
-def test_a_run_config_of_before_there_was_a_hang_timeout_is_read() -> None:
-    config = resolved().model_dump(mode="json", exclude={"hang_timeout_seconds"})
+def test_a_run_config_of_before_there_was_a_hang_timeout_or_a_loss_guard_is_read() -> None:
+    config = resolved().model_dump(mode="json", exclude={"hang_timeout_seconds", "loss_guard"})
     assert RunConfig.model_validate(config) == resolved()

@@ -18,7 +18,7 @@ FIELDS: dict[str, tuple[dict[str, Any], str | None]] = {
     "nothing": ({}, None),
     "how to compute": ({"spec.trainer": {"nodes": 2, "precision": "FP32"}}, None),
     "a plain variable": ({"spec.trainer": {"env": [{"name": "A", "value": "x"}]}}, None),
-    "how long a step may take": ({"spec.lifecycle": {"hangTimeoutSeconds": 60}}, None),
+    "what the trainer obeys": ({"spec.lifecycle": {"hangTimeoutSeconds": 60, "lossGuard": 9.5}}, None),
     "one field": (
         {"spec.trainer": {"image": "registry/trainer"}},
         "Only a cluster obeys spec.trainer.image; here it changes nothing.",
@@ -42,6 +42,7 @@ FIELDS: dict[str, tuple[dict[str, Any], str | None]] = {
                 "activeDeadlineSeconds": 60,
                 "ttlSecondsAfterFinished": 60,
                 "hangTimeoutSeconds": 60,
+                "lossGuard": 9.5,
             },
         },
         "Only a cluster obeys spec.trainer.image, spec.trainer.resources, spec.trainer.nodeSelector, "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,11 @@ from sft_api import names
 from sft_api.events import StepMetrics, ValidationMetrics
 from sft_api.manifest import parse_job
 from sft_api.recipes import resolve
+from sft_api.report import TrainerReport
 from sft_api.run import RunConfig
+from sft_trainer.progress import read_report
 from sft_trainer.store import Store
+from tests.gang import Gangs
 
 SPEC: dict[str, Any] = {
     "recipe": "none",
@@ -99,13 +103,15 @@ class Script:
     """What happens to a rank: told to stop, or dead, in the step of that number of this attempt.
 
     `stop_at`: told to stop at what is called so, a step or anything else that takes long. `chunk_samples`: how many
-    held-out samples are scored at a time.
+    held-out samples are scored at a time. `loss_guard_in`: from which step on the first rank, and no other, is told of
+    which lossGuard.
     """
 
     stop_in: int | None = None
     die_in: int | None = None
     stop_at: str | None = None
     chunk_samples: int | None = None
+    loss_guard_in: tuple[int, float] | None = None
     steps: int = field(default=0, init=False)
     told: bool = field(default=False, init=False)
 
@@ -114,6 +120,12 @@ class Script:
         if self.steps == self.die_in:
             raise Died
         return self.told or self.steps == self.stop_in
+
+    def told_of(self, config: RunConfig, is_first: bool) -> RunConfig:
+        """run.json as it is now on a rank's node."""
+        if self.loss_guard_in is None or not is_first or self.steps < self.loss_guard_in[0]:
+            return config
+        return config.model_copy(update={"loss_guard": self.loss_guard_in[1]})
 
     def hear(self, stage: str) -> None:
         self.steps += stage.startswith("step ")
@@ -156,7 +168,9 @@ def attempt(run: str, number: int, work: str, script: Script) -> Ending:
     folder = Path(work) / f"attempt-{number}"
     job, heartbeat = None, Heard(folder, ranks.rank)
     signals, stop = open_signals(config, number, folder, ranks), Stopping(script, ranks)
-    workplace = Workplace(ranks, number, folder, signals, heartbeat, stop, lambda: config.checkpoints.keep)
+    workplace = Workplace(
+        ranks, number, folder, signals, heartbeat, stop, lambda: script.told_of(config, ranks.is_first)
+    )
     try:
         job = assemble(config, Path(config.model.uri.removeprefix("file://")), workplace)
         if script.chunk_samples is not None:
@@ -206,3 +220,37 @@ def read_run(out: str) -> Told:
                 validations[scored.step] = scored
     digests = {row.step: row.parameters_digest for row in list_checkpoints(store, verify=False) if row.complete}
     return Told(steps, validations, {step: digest for step, digest in digests.items() if digest})
+
+
+class Runs:
+    """Carries out attempts at one run after another, in a folder of its own."""
+
+    def __init__(self, gang: Gangs, base: Path, folder: Path):
+        self.gang, self.base, self.folder = gang, base, folder
+        self.attempts: Counter[str] = Counter()
+
+    def uri(self, name: str) -> str:
+        return f"file://{self.folder}/{name}"
+
+    def config(self, name: str, changes: dict[str, Any] | None = None) -> RunConfig:
+        return make_run(self.base, self.uri(name), changes)
+
+    def run(
+        self, name: str, world: int = 1, changes: dict[str, Any] | None = None, script: Script | None = None
+    ) -> Ending:
+        """One more attempt at the run `name`."""
+        config = self.config(name, changes).model_dump_json(by_alias=True)
+        self.attempts[name] += 1
+        work = f"{self.folder}/work/{name}"
+        endings: list[Ending] = self.gang(world).run(attempt, config, self.attempts[name], work, script or Script())
+        assert len({ending.code for ending in endings}) == 1, endings
+        return endings[0]
+
+    def report(self, name: str) -> TrainerReport:
+        """What the first rank of the newest attempt last knew."""
+        report = read_report(self.folder / "work" / name / f"attempt-{self.attempts[name]}")
+        assert report is not None
+        return report
+
+    def told(self, name: str) -> Told:
+        return read_run(self.uri(name))

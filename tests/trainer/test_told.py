@@ -10,16 +10,17 @@ import pytest
 from sft_api.manifest import parse_job
 from sft_api.recipes import resolve
 from sft_api.run import ExitCode, RunError
-from sft_trainer.told import KeepAsTold, read_config
+from sft_trainer.told import AsTold, read_config
 from tests.trainer.runs import SPEC
 
 
-def write(folder: Path, keep: dict[str, Any]) -> Path:
+def write(folder: Path, keep: dict[str, Any], lifecycle: dict[str, Any] | None = None) -> Path:
     """As a kubelet does: a folder of its own, to which a link is moved."""
     spec = SPEC | {
         "model": {"uri": "file:///m", "chatTemplate": {"name": "ChatML"}},
         "phases": [{"name": "one", "data": [{"uri": "file:///d.jsonl"}]}],
         "checkpoints": {"uri": "file:///out", "keep": keep},
+        "lifecycle": lifecycle or {},
     }
     manifest = {"apiVersion": "sftjob.dev/v1alpha1", "kind": "SFTJob", "metadata": {"name": "test"}, "spec": spec}
     return replace(folder, resolve(parse_job(manifest)).model_dump_json(by_alias=True))
@@ -35,22 +36,22 @@ def replace(folder: Path, text: str) -> Path:
     return folder / "..data" / "run.json"
 
 
-def test_which_checkpoints_to_keep_may_change_while_the_job_runs(tmp_path: Path) -> None:
-    keep = KeepAsTold(write(tmp_path, {"last": 2}))
-    assert (keep().last, keep().best) == (2, 0)
-    write(tmp_path, {"last": 5, "best": 1})
-    assert (keep().last, keep().best) == (5, 1)
+def test_what_may_change_while_the_job_runs_is_as_it_is_now(tmp_path: Path) -> None:
+    told = AsTold(write(tmp_path, {"last": 2}))
+    assert (told().checkpoints.keep.last, told().checkpoints.keep.best, told().loss_guard) == (2, 0, None)
+    write(tmp_path, {"last": 5, "phaseEnds": False}, {"lossGuard": 9.5})
+    assert (told().checkpoints.keep.last, told().checkpoints.keep.phase_ends, told().loss_guard) == (5, False, 9.5)
 
 
 def test_what_was_told_last_counts_where_run_json_cannot_be_read(tmp_path: Path) -> None:
     path = write(tmp_path, {"last": 2})
-    keep = KeepAsTold(path)
+    told = AsTold(path)
     replace(tmp_path, "{")
-    assert keep().last == 2
+    assert told().checkpoints.keep.last == 2
     path.unlink()
-    assert keep().last == 2
+    assert told().checkpoints.keep.last == 2
     write(tmp_path, {"last": 3})
-    assert keep().last == 3
+    assert told().checkpoints.keep.last == 3
 
 
 def test_a_run_json_that_is_none_is_named(tmp_path: Path) -> None:

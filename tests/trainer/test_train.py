@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,59 +10,23 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sft_api.report import TrainerReport
 from sft_api.run import ExitCode, RunConfig
 from sft_api.status import ExportStatus, PhaseStatus
 from sft_trainer.fetch import fetch_model
 from sft_trainer.model import load_model
 from sft_trainer.plan import permutation, samples_digest
 from sft_trainer.preparation import prepared_job
-from sft_trainer.progress import read_report
 from sft_trainer.schedule import Schedule
 from sft_trainer.split import open_data
 from sft_trainer.store import Store
 from sft_trainer.tokenizer import load_tokenizer
 from tests.gang import Gangs
-from tests.trainer.runs import Ending, Script, Told, attempt, make_base, make_poisoned_base, make_run, read_run
+from tests.trainer.runs import Runs, Script, Told, make_base
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_base(tmp_path_factory.mktemp("base"))
-
-
-class Runs:
-    """Carries out attempts at one run after another, in a folder of its own."""
-
-    def __init__(self, gang: Gangs, base: Path, folder: Path):
-        self.gang, self.base, self.folder = gang, base, folder
-        self.attempts: Counter[str] = Counter()
-
-    def uri(self, name: str) -> str:
-        return f"file://{self.folder}/{name}"
-
-    def config(self, name: str, changes: dict[str, Any] | None = None) -> RunConfig:
-        return make_run(self.base, self.uri(name), changes)
-
-    def run(
-        self, name: str, world: int = 1, changes: dict[str, Any] | None = None, script: Script | None = None
-    ) -> Ending:
-        """One more attempt at the run `name`."""
-        config = self.config(name, changes).model_dump_json(by_alias=True)
-        self.attempts[name] += 1
-        work = f"{self.folder}/work/{name}"
-        endings = self.gang(world).run(attempt, config, self.attempts[name], work, script or Script())
-        assert len({ending.code for ending in endings}) == 1, endings
-        return endings[0]
-
-    def report(self, name: str) -> TrainerReport:
-        """What the first rank of the newest attempt last knew."""
-        report = read_report(self.folder / "work" / name / f"attempt-{self.attempts[name]}")
-        assert report is not None
-        return report
-
-    def told(self, name: str) -> Told:
-        return read_run(self.uri(name))
 
 
 @pytest.fixture(scope="module")
@@ -309,26 +272,6 @@ def test_bf16_trains_on_every_stage_with_the_same_samples(runs: Runs, straight: 
         changes = {"trainer": {"precision": "BF16", "zeroStage": stage, "activationCheckpointing": True}}
         assert runs.run(name, world, changes).code == ExitCode.COMPLETED
         same_training(runs.told(name), straight, 0.05)
-
-
-TEMPLATE_WITHOUT_NEW_TOKENS = (
-    "{% for message in messages %}{% if message.role == 'assistant' %}{% generation %}{{ message.content }}"
-    "{{ eos_token }}{% endgeneration %}{% else %}{{ message.content }} {% endif %}{% endfor %}"
-)
-"""New tokens would start at the mean of all embeddings, of which one is broken."""
-
-
-def test_a_run_that_diverges_says_so_and_keeps_what_was_good(gang: Gangs, tmp_path: Path) -> None:
-    runs = Runs(gang, make_poisoned_base(tmp_path), tmp_path)
-    model = {"chatTemplate": {"inline": TEMPLATE_WITHOUT_NEW_TOKENS}}
-    ending = runs.run("diverging", changes={"model": model, "validation": None})
-    assert ending.code == ExitCode.DIVERGED
-    assert ending.message.partition(": the run has diverged.")[0] == "step 9 has loss nan and gradient norm inf"
-    assert list(runs.told("diverging").digests) == [2, 4, 6, 8]
-    held_out = {"uri": f"file://{tmp_path}/two.jsonl", "fraction": None}
-    scored = runs.run("scored", changes={"model": model, "validation": held_out})
-    assert scored.code == ExitCode.DIVERGED
-    assert scored.message.startswith("the held-out loss is nan after step 0")
 
 
 def test_a_checkpoint_of_another_run_is_not_gone_on_from(runs: Runs) -> None:

@@ -13,7 +13,7 @@ from sft_trainer.heartbeat import Heartbeat
 from sft_trainer.job import Job, Workplace, assemble, collective_timeout, open_signals
 from sft_trainer.ranks import Ranks
 from sft_trainer.stopping import StopFlag, Stopping
-from sft_trainer.told import KeepAsTold, read_config
+from sft_trainer.told import AsTold, read_config
 from sft_trainer.train import Progress, train
 
 
@@ -30,7 +30,7 @@ def run_rank(
     signals = open_signals(config, attempt, work, ranks)
     stop = Stopping(flag, ranks)
     try:
-        job = assemble(config, model_folder, Workplace(ranks, attempt, work, signals, heartbeat, stop, KeepAsTold(run)))
+        job = assemble(config, model_folder, Workplace(ranks, attempt, work, signals, heartbeat, stop, AsTold(run)))
         carry_out(job, progress)
     finally:
         signals.close()

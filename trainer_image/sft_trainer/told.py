@@ -1,4 +1,4 @@
-"""What the trainer was told, run.json, and what of it may change while a job runs: which checkpoints to keep."""
+"""What the trainer was told, run.json. Some of it may change while a job runs: `lifecycle` and `checkpoints.keep`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from sft_api.run import ExitCode, RunConfig, RunError
-from sft_api.spec import Keep
 
 
 def read_config(path: Path) -> RunConfig:
@@ -17,19 +16,19 @@ def read_config(path: Path) -> RunConfig:
         raise RunError(ExitCode.CONFIGURATION, f"{path} is not a resolved job: {error}") from error
 
 
-class KeepAsTold:
-    """`checkpoints.keep` as run.json has it now: the kubelet puts another file there when the manifest changes."""
+class AsTold:
+    """run.json as it is now: the kubelet puts another there when the manifest changes, on each node in its own time."""
 
     def __init__(self, path: Path):
         self._path = path
-        self._keep = read_config(path).checkpoints.keep
+        self._config = read_config(path)
         self._seen = self._version()
 
-    def __call__(self) -> Keep:
+    def __call__(self) -> RunConfig:
         version = self._version()
         if version is not None and version != self._seen:
-            self._seen, self._keep = version, self._read()
-        return self._keep
+            self._seen, self._config = version, self._read()
+        return self._config
 
     def _version(self) -> tuple[int, int] | None:
         try:
@@ -38,8 +37,8 @@ class KeepAsTold:
             return None
         return found.st_ino, found.st_mtime_ns
 
-    def _read(self) -> Keep:
+    def _read(self) -> RunConfig:
         try:
-            return read_config(self._path).checkpoints.keep
+            return read_config(self._path)
         except RunError:
-            return self._keep  # what was valid before: a run does not end over which old checkpoints to delete
+            return self._config  # what was valid before: a run does not end over which old checkpoints to delete
