@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -12,10 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from sft_api.report import TrainerReport
+from sft_api.report import Termination, TrainerReport
 from sft_api.run import ExitCode
 from sft_api.status import CheckpointStatus
-from sft_trainer.ending import Account, End, Outcome, cause, write_account
+from sft_trainer.__main__ import account_for, finish
+from sft_trainer.ending import Account, End, Outcome, cause, reason, write_account
 from sft_trainer.launch import Gang, Limits, run_ranks, with_report
 
 PATIENT = Limits(hang_seconds=600, grace_seconds=600, settle_seconds=1)
@@ -34,6 +36,8 @@ def script(folder: Path, body: str) -> list[str]:
         from sft_trainer.ending import Account, write_account
         from sft_trainer.hang import STACKS_SIGNAL, stacks_file
         from sft_trainer.heartbeat import Heartbeat
+        from sft_trainer.parent import end_with
+        end_with(int(os.environ["SFT_LAUNCHER"]))
         rank, work = int(os.environ["RANK"]), Path(os.environ["SFT_WORK"])
         stacks = stacks_file(work, rank).open("w")
         faulthandler.register(STACKS_SIGNAL, file=stacks, all_threads=True)
@@ -101,6 +105,46 @@ WAITING = """
         signal.pause()
     say(30, "step 7 is committed")
 """
+
+
+def test_ranks_that_are_told_to_stop_before_they_can_listen_have_not_failed(tmp_path: Path) -> None:
+    body = """
+    at("step 7")
+    (work / f"ready-{rank}").touch()
+    while rank == 0:
+        signal.pause()  # what SIGTERM does to an interpreter that has just started
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(30))  # and a little later
+    signal.pause()
+    """
+    process = start_launcher(tmp_path, body)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    assert out == "30 told to stop before the ranks had met; run again to go on\n"
+
+
+@pytest.mark.parametrize("stopped", [False, True], ids=["running", "stopped"])
+def test_ranks_end_with_their_launcher_even_if_it_is_killed(tmp_path: Path, stopped: bool) -> None:
+    body = f"""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    at("step 7")
+    (work / f"pid-{{rank}}").write_text(str(os.getpid()))
+    (work / f"ready-{{rank}}").touch()
+    if {stopped}:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    while True:
+        signal.pause()
+    """
+    with start_launcher(tmp_path, body) as process:
+        ranks = [os.pidfd_open(int((tmp_path / f"pid-{rank}").read_text())) for rank in (0, 1)]
+        process.kill()
+        for rank in ranks:
+            assert select.select([rank], [], [], 60)[0], "it lives on without its launcher"
+            os.close(rank)
+
+
+def test_a_rank_whose_launcher_is_gone_when_it_starts_ends_at_once(tmp_path: Path) -> None:
+    source = f"import sys; sys.path[:0] = {sys.path!r}; from sft_trainer.parent import end_with; end_with(1 << 30)"
+    assert subprocess.run([sys.executable, "-c", source], check=False, timeout=60).returncode == -signal.SIGKILL
 
 
 def start_launcher(folder: Path, body: str, grace_seconds: float = 600) -> subprocess.Popen[str]:
@@ -193,24 +237,35 @@ def test_a_gang_that_comes_to_no_end_shows_its_stacks_and_the_rank_that_was_stop
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     body = """
+        import threading
         def all_reduce():
             at("step 17 (phase one)")
             if rank == 1:
-                os.kill(os.getpid(), signal.SIGSTOP)
+                stop()
+            if rank == 2:
+                spin()
             signal.pause()
+        def stop():
+            os.kill(os.getpid(), signal.SIGSTOP)
+        def spin():
+            while True:
+                pass
+        def upload():
+            threading.Event().wait()
+        threading.Thread(target=upload, daemon=True).start()
         at("step 16 (phase one)")
         all_reduce()
     """
-    outcome = launch(2, script(tmp_path, body), tmp_path, Limits(2, 600, stacks_seconds=1))
+    outcome = launch(3, script(tmp_path, body), tmp_path, Limits(2, 600, stacks_seconds=1))
     assert (outcome.code, outcome.rank) == (ExitCode.HUNG, 1)
     said = "step 17 (phase one) has not ended within 2 s on rank 1; its process is stopped (SIGSTOP). The stacks of"
     assert outcome.message.startswith(said)
-    _, first, second = capfd.readouterr().err.split("── rank ")
-    assert first.startswith("0 (process ")
-    assert ", at step 17 (phase one) for " in first
-    assert "in all_reduce" in first
-    assert second.startswith("1 (process ")
-    assert "stopped: it cannot show its stacks" in second
+    _, *told = capfd.readouterr().err.split("── rank ")
+    for rank, (stacks, inside) in enumerate(zip(told, ("all_reduce", "stop", "spin"), strict=True)):
+        assert stacks.startswith(f"{rank} (process ")
+        assert ", at step 17 (phase one) for " in stacks
+        assert f"in {inside}" in stacks
+        assert "in upload" in stacks  # another thread of it
 
 
 def test_what_has_a_patience_of_its_own_is_no_hang_before_that(tmp_path: Path) -> None:
@@ -220,6 +275,23 @@ def test_what_has_a_patience_of_its_own_is_no_hang_before_that(tmp_path: Path) -
         say(0, "done")
     """
     assert launch(1, script(tmp_path, body), tmp_path, Limits(1, 600)) == Outcome(0, "done", 0)
+
+
+@pytest.mark.parametrize("code", list(ExitCode), ids=lambda code: code.name)
+def test_every_exit_code_of_a_rank_is_the_launcher_s_with_its_termination_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: ExitCode
+) -> None:
+    log = tmp_path / "termination-log"
+    log.touch()  # as a kubelet does
+    monkeypatch.setenv("SFT_TERMINATION_LOG", str(log))
+    command = script(tmp_path, f"say({code.value} if rank == 1 else 0, 'as it was')")
+    outcome = account_for(lambda: launch(2, command, tmp_path))
+    finish(outcome)
+    assert outcome.code == code
+    said = Termination.model_validate_json(log.read_text())
+    failed = code != ExitCode.COMPLETED
+    assert (said.exit_code, said.reason, said.message) == (code, reason(code), "as it was")
+    assert said.rank == (1 if failed else 0)
 
 
 def test_an_outcome_takes_from_the_report_what_a_dead_rank_cannot_say() -> None:

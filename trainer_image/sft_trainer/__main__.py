@@ -34,11 +34,13 @@ from sft_trainer.hang import STACKS_SIGNAL, stacks_file
 from sft_trainer.heartbeat import Heartbeat
 from sft_trainer.interruption import interruptible, raise_preempted
 from sft_trainer.launch import Gang, Limits, run_ranks
+from sft_trainer.parent import end_with
 from sft_trainer.stopping import StopFlag
 from sft_trainer.told import read_config
 from sft_trainer.voice import claim_stdout, say
 
-TERMINATION_LOG = Path("/dev/termination-log")
+TERMINATION_LOG = "/dev/termination-log"
+"""Where a kubelet asks for a termination message, unless SFT_TERMINATION_LOG says otherwise."""
 GRACE_SECONDS = 270.0
 """How long ranks that were told to stop may take to save, unless SFT_GRACE_SECONDS says otherwise."""
 
@@ -86,8 +88,14 @@ def account_for(work: Callable[[], Outcome]) -> Outcome:
 
 def finish(outcome: Outcome) -> None:
     say(finished(outcome))
-    if TERMINATION_LOG.exists():
-        TERMINATION_LOG.write_text(termination_message(outcome))
+    leave_word(outcome)
+
+
+def leave_word(outcome: Outcome) -> None:
+    """Write the termination message, where a kubelet asks for one."""
+    log = Path(os.environ.get("SFT_TERMINATION_LOG", TERMINATION_LOG))
+    if log.exists():
+        log.write_text(termination_message(outcome))
 
 
 def prepare(options: argparse.Namespace, config: RunConfig) -> Outcome:
@@ -128,7 +136,8 @@ def train(options: argparse.Namespace, config: RunConfig) -> Outcome:
     with work_folder() as work:
         command = ["-m", "sft_trainer", "rank", str(options.run), "--attempt", str(attempt), "--model", str(model)]
         outcome = run_ranks(gang, command, work, limits, threads(config, gang))
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it has ended; only the account of it is left to be given
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it has ended; only the account of it is left to be given
+    leave_word(outcome)  # before the store is asked, which may not answer while a kubelet's patience ends
     if gang.first_rank == 0:
         note_ending(config, attempt, finished(outcome))
     return outcome
@@ -153,6 +162,7 @@ def work_folder() -> Iterator[Path]:
 
 def rank(options: argparse.Namespace) -> int:
     """Be one rank: train, then leave an account of the end for the launcher."""
+    end_with(int(os.environ["SFT_LAUNCHER"]))
     stop = StopFlag.on_sigterm()
     number = int(os.environ["RANK"])
     work = Path(os.environ["SFT_WORK"])

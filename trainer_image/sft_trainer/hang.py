@@ -14,8 +14,8 @@ from pathlib import Path
 from sft_trainer.heartbeat import Beat, read_beat
 
 STACKS_SIGNAL = signal.SIGUSR1
-STOPPED_STATES = "Tt"
-"""Of a process, as in /proc/<pid>/stat: by a signal, or by a debugger."""
+STOPPED = "T"
+"""State of a process that a signal has stopped, as in /proc/<pid>/stat."""
 
 Ranks = Mapping[int, "subprocess.Popen[bytes]"]
 
@@ -54,13 +54,15 @@ def tell_stacks(ranks: Ranks, work: Path, seconds: float) -> None:
     alive = {rank: process for rank, process in ranks.items() if process.poll() is None}
     for process in alive.values():
         process.send_signal(STACKS_SIGNAL)
+        if is_stopped(process):
+            process.send_signal(signal.SIGCONT)  # it hears nothing else; the stacks come before it does anything
     threading.Event().wait(seconds)
     for rank, process in alive.items():
         beat, file = read_beat(work, rank), stacks_file(work, rank)
         at = f", at {beat.stage} for {time.monotonic() - beat.since:,.0f} s" if beat else ""
         stacks = file.read_text(errors="replace") if file.exists() else ""
-        silent = "stopped: it cannot show its stacks" if is_stopped(process) else "it does not show its stacks"
-        print(f"── rank {rank} (process {process.pid}){at}\n{stacks or silent}", file=sys.stderr, flush=True)
+        shown = stacks or "it does not show its stacks"
+        print(f"── rank {rank} (process {process.pid}){at}\n{shown}", file=sys.stderr, flush=True)
 
 
 def stacks_file(work: Path, rank: int) -> Path:
@@ -72,4 +74,4 @@ def is_stopped(process: subprocess.Popen[bytes]) -> bool:
         after_name = Path(f"/proc/{process.pid}/stat").read_text().rpartition(") ")[2]
     except OSError:
         return False
-    return after_name[:1] in STOPPED_STATES
+    return after_name[:1] == STOPPED

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from sft_api.report import TrainerReport
 from sft_api.run import ExitCode
-from sft_trainer.ending import End, Outcome, cause, read_account
+from sft_trainer.ending import Account, End, Outcome, cause, read_account
 from sft_trainer.hang import Hang, find_hang, tell_stacks
 from sft_trainer.heartbeat import JOINING, Heartbeat, read_beat
 from sft_trainer.progress import read_report
@@ -28,6 +28,7 @@ JOIN_PATIENCE_SECONDS = 3600.0
 """How long the ranks may take to meet, whatever the hang time-out: they give up themselves before that."""
 POLL_SECONDS = 0.2
 NO_FAILURE = (0, ExitCode.PREEMPTED)
+TOO_EARLY = "told to stop before the ranks had met; run again to go on"
 
 
 @dataclass(frozen=True)
@@ -85,10 +86,12 @@ def run_ranks(gang: Gang, command: list[str], work: Path, limits: Limits, thread
     SIGTERM or SIGINT is passed on once, as SIGTERM: the ranks agree on a step, save and exit 30. The second time they
     are killed.
     """
-    children = {rank: start(gang, command, work, rank, threads) for rank in gang.ranks}
-    supervisor = Supervisor(children, work, limits)
+    supervisor = Supervisor(work, limits)
     previous = {number: signal.signal(number, supervisor.on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
+        for rank in gang.ranks:
+            if not supervisor.signals:
+                supervisor.children[rank] = start(gang, command, work, rank, threads)
         supervisor.wait()
     finally:
         supervisor.kill()
@@ -120,6 +123,7 @@ def start(gang: Gang, command: list[str], work: Path, rank: int, threads: int) -
         "MASTER_ADDR": gang.address,
         "MASTER_PORT": str(gang.port),
         "SFT_WORK": str(work),
+        "SFT_LAUNCHER": str(os.getpid()),
     }
     environment.setdefault("OMP_NUM_THREADS", str(threads))
     return subprocess.Popen([sys.executable, *command], env=environment, stdout=event_stream(), start_new_session=True)
@@ -128,8 +132,9 @@ def start(gang: Gang, command: list[str], work: Path, rank: int, threads: int) -
 class Supervisor:
     """Waits for the ranks; ends the others when one has failed, and all when they hang or take too long to stop."""
 
-    def __init__(self, children: dict[int, subprocess.Popen[bytes]], work: Path, limits: Limits):
-        self.children, self.work, self.limits = children, work, limits
+    def __init__(self, work: Path, limits: Limits):
+        self.work, self.limits = work, limits
+        self.children: dict[int, subprocess.Popen[bytes]] = {}
         self.signals = 0
         self.killed: set[int] = set()
         self._told_at: float | None = None
@@ -161,21 +166,31 @@ class Supervisor:
             return Outcome(ExitCode.HUNG, self._hang.message, self._hang.rank)
         if self._stopped is not None:
             return Outcome(ExitCode.PREEMPTED, self._stopped)
-        ends = [
-            End(child.returncode, rank in self.killed, read_account(self.work, rank))
-            for rank, child in self.children.items()
-        ]
-        return cause(ends, first_rank)
+        if not self.children:
+            return Outcome(ExitCode.PREEMPTED, TOO_EARLY)
+        return cause([self._end(rank, child.returncode) for rank, child in self.children.items()], first_rank)
+
+    def _end(self, rank: int, code: int) -> End:
+        account = read_account(self.work, rank)
+        if account is None and self._is_too_early(code):
+            account = Account(code=ExitCode.PREEMPTED, message=TOO_EARLY)
+            code = ExitCode.PREEMPTED
+        return End(code, rank in self.killed, account)
+
+    def _is_too_early(self, code: int) -> bool:
+        """Whether a rank that ended so was told to stop before it could listen."""
+        return self.signals > 0 and code in (ExitCode.PREEMPTED, -signal.SIGTERM)
 
     def _end_what_goes_no_further(self) -> None:
         now = time.monotonic()
-        if self._failed_at is None and any(child.poll() not in (None, *NO_FAILURE) for child in self.children.values()):
+        ended = [code for child in self.children.values() if (code := child.poll()) is not None]
+        if self._failed_at is None and any(code not in NO_FAILURE and not self._is_too_early(code) for code in ended):
             self._failed_at = now
         if self._failed_at is not None:
             if now - self._failed_at > self.limits.settle_seconds:
                 self.kill()
         elif self._told_at is not None and self._is_joining():
-            self._stopped = "told to stop before the ranks had met; run again to go on"
+            self._stopped = TOO_EARLY
             self.kill()
         elif self._told_at is not None and now - self._told_at > self.limits.grace_seconds:
             seconds = f"{self.limits.grace_seconds:,.0f} s"
