@@ -118,6 +118,16 @@ def test_progress_is_answered_before_there_is_any(tmp_path: Path) -> None:
     signals.close()
 
 
+def test_progress_has_figures_for_a_column_and_the_metrics_have_them_whole(signals: Signals) -> None:
+    port = signals.monitor.serve(0, "127.0.0.1")
+    signals.emit(a_step(5, loss=0.013735193472642165, tokens_per_second=12380.623154709112))
+    progress = told(port).progress
+    assert progress is not None
+    assert (progress.loss, progress.tokens_per_second) == (0.013735, 12381.0)
+    assert "0.013735193472642165" in get(port, "/metrics")
+    signals.close()
+
+
 def test_progress_says_how_far_it_is_and_how_long_it_will_take(signals: Signals, tmp_path: Path) -> None:
     port = signals.monitor.serve(0, "127.0.0.1")
     signals.know(productive_seconds=100.0)
@@ -137,7 +147,7 @@ def test_progress_says_how_far_it_is_and_how_long_it_will_take(signals: Signals,
         "tokens": 600,
         "percent": 60,
         "etaSeconds": 8,
-        "loss": 2.0 / 6,
+        "loss": 0.33333,
         "gradNorm": 0.5,
         "learningRate": 2e-5,
         "tokensPerSecond": 50.0,

@@ -83,12 +83,12 @@ class Reporter:
             tokens=metrics.tokens,
             percent=percent(metrics.step, self._total_steps),
             eta_seconds=max(0, round(rate * (self._total_steps - metrics.step))),
-            loss=metrics.loss,
-            grad_norm=metrics.grad_norm,
-            learning_rate=metrics.learning_rate,
-            tokens_per_second=metrics.tokens_per_second,
-            mfu=metrics.mfu,
-            packing_efficiency=metrics.packing_efficiency,
+            loss=legible(metrics.loss),
+            grad_norm=legible(metrics.grad_norm),
+            learning_rate=legible(metrics.learning_rate),
+            tokens_per_second=legible(metrics.tokens_per_second),
+            mfu=metrics.mfu and legible(metrics.mfu),
+            packing_efficiency=legible(metrics.packing_efficiency),
             heartbeat=utc(metrics.time),
         )
 
@@ -97,6 +97,11 @@ class Reporter:
         with contextlib.suppress(OSError):  # a full disk ends no training; the file is then that of an earlier step
             partial.write_text(self.report.model_dump_json(by_alias=True))
             partial.rename(self._file)
+
+
+def legible(figure: float) -> float:
+    """With five digits, for a column of `kubectl get`. The metrics have them all."""
+    return float(f"{figure:.5g}")
 
 
 def percent(step: int, total_steps: int) -> int:
