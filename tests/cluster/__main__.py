@@ -1,6 +1,7 @@
 """`make cluster` and `make cluster-down`: a cluster for a person, in .cluster of the checkout.
 
 python -m tests.cluster up
+python -m tests.cluster load build/images/operator.tar
 python -m tests.cluster down
 """
 
@@ -27,7 +28,7 @@ A Kubernetes {version} of two nodes is up ({seconds:.0f} s). Use it with:
   kubectl get nodes
 
 Object storage for pods and for this machine: {endpoint}, {access_key} / {secret_key}; its buckets are the folders in
-{state}/s3/buckets. make cluster-down takes it all down.
+{state}/s3/buckets. docs/first-job.md has a job to try on it; make cluster-down takes it all down.
 """
 
 
@@ -53,6 +54,17 @@ def down(state: Path) -> None:
     bed.down()
 
 
+def load(state: Path, archive: Path) -> None:
+    """Put the images of a docker-archive into both nodes, under the names that they have there."""
+    bed = Bed.find(state)
+    if bed is None:
+        sys.exit(f"There is no cluster in {state}: make cluster brings one up.")
+    if not archive.exists():
+        sys.exit(f"There is no {archive}: make images builds the operator's and the trainer's into build/images.")
+    for node in bed.nodes.values():
+        node.import_image(archive.resolve())
+
+
 def guard(state: Path, pid: int) -> None:
     """Wait for another process to end, however it does, and take its cluster down if it has not."""
     with suppress(ProcessLookupError):  # it may have ended while we were starting
@@ -64,13 +76,15 @@ def guard(state: Path, pid: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.cluster", description=__doc__)
     verbs = parser.add_subparsers(dest="verb", required=True)
-    for name in ("up", "down", GUARD):
+    for name in ("up", "down", "load", GUARD):
         arguments = verbs.add_parser(name)
         arguments.add_argument("--state", type=Path, default=ROOT / ".cluster")
         if name == GUARD:
             arguments.add_argument("pid", type=int)
+        if name == "load":
+            arguments.add_argument("archive", type=Path)
     given = vars(parser.parse_args())
-    verbs_by_name: dict[str, Callable[..., None]] = {"up": up, "down": down, GUARD: guard}
+    verbs_by_name: dict[str, Callable[..., None]] = {"up": up, "down": down, "load": load, GUARD: guard}
     verbs_by_name[given.pop("verb")](**given)
 
 

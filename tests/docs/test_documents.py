@@ -157,10 +157,13 @@ def test_every_override_makes_a_valid_job(document: Path) -> None:
             assert read_job(str(ROOT / manifest), overrides).spec.phases
 
 
-def test_the_readme_shows_the_quickstart_as_it_is() -> None:
-    shown = blocks(ROOT / "README.md", "yaml")
-    lines = (ROOT / "examples/quickstart.yaml").read_text().splitlines(keepends=True)
-    assert shown == ["".join(line for line in lines if not line.startswith("#"))]
+@pytest.mark.parametrize(
+    ("document", "example"),
+    [("README.md", "examples/quickstart.yaml"), ("docs/first-job.md", "examples/cluster.yaml")],
+)
+def test_a_document_shows_its_example_as_it_is(document: str, example: str) -> None:
+    lines = (ROOT / example).read_text().splitlines(keepends=True)
+    assert blocks(ROOT / document, "yaml") == ["".join(line for line in lines if not line.startswith("#"))]
 
 
 def test_the_readme_leads_to_every_document() -> None:
