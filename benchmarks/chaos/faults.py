@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from benchmarks.chaos.run import Attempt
 
 KILLED = 128 + signal.SIGKILL
+ASLEEP = -signal.SIGSTOP
+"""Not an exit code: the attempt's processes are stopped, and it counts as ended until the next has begun."""
 TRANSIENT = 4
 """Requests that a passing fault of the store meets: fewer than the client's patience."""
 
@@ -64,12 +66,9 @@ def kill_ranks(attempt: Attempt, chance: random.Random) -> bool:
     return bool(ranks)
 
 
-@of("kill -9 of the launcher and all ranks", -signal.SIGKILL)
-def kill_everything(attempt: Attempt, chance: random.Random) -> bool:
-    ranks = attempt.ranks()
+@of("kill -9 of the launcher", -signal.SIGKILL)
+def kill_launcher(attempt: Attempt, chance: random.Random) -> bool:
     attempt.process.kill()
-    for rank in ranks:
-        os.kill(rank, signal.SIGKILL)
     return True
 
 
@@ -85,6 +84,11 @@ def freeze_rank(attempt: Attempt, chance: random.Random) -> bool:
     if ranks:
         os.kill(chance.choice(ranks), signal.SIGSTOP)
     return bool(ranks)
+
+
+@of("an attempt left for dead, which wakes beside the next", ASLEEP)
+def leave_for_dead(attempt: Attempt, chance: random.Random) -> bool:
+    return attempt.fall_asleep()
 
 
 # ── the store, passing ─────────────────────────────────────────────────────────────────────────────────────────────
@@ -179,9 +183,10 @@ FAULTS: Mapping[str, Fault] = {
     for fault in (
         kill_rank,
         kill_ranks,
-        kill_everything,
+        kill_launcher,
         stop,
         freeze_rank,
+        leave_for_dead,
         passing("500 from the store", Misbehaviour(500)),
         passing("503 slow down", Misbehaviour(503, "SlowDown")),
         passing("connections refused", Misbehaviour()),

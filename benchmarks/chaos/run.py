@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -15,14 +16,24 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarks.chaos.faults import FAULTS, Fault
+from benchmarks.chaos.faults import ASLEEP, FAULTS, Fault
 from benchmarks.chaos.gateway import Gateway
 from sft_api.events import EVENT, Event, Finished, Started, StepMetrics
+from sft_api.run import ExitCode
 from tests.s3 import S3Server
 
 LONGEST_ATTEMPT_SECONDS = 240.0
-MOST_STEPS, MOST_WRITES, LONGEST_DELAY_SECONDS = 6, 30, 12.0
-"""How far into an attempt a fault strikes at the latest, by each of the clocks."""
+POLL_SECONDS = 0.2
+OVERTAKEN = frozenset(
+    (
+        ExitCode.CONFIGURATION,  # its commit is refused
+        ExitCode.HUNG,  # its launcher takes the time asleep for a hang
+        ExitCode.COMPLETED,  # the later one had completed the run before this one looked where to go on
+        ExitCode.STORE_REFUSED,  # what is done to the store of the later one meanwhile
+        ExitCode.STORE_UNAVAILABLE,
+    )
+)
+"""How an attempt may end that wakes beside a later one."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +69,11 @@ class Attempt:
     world: World
     process: subprocess.Popen[str]
     events: list[Event] = field(default_factory=list)
+    on_start: Callable[[], None] = lambda: None
     on_step: Callable[[int], None] = lambda number: None
     steps: int = 0
+    asleep: list[int] = field(default_factory=list)
+    """Its processes, where they are stopped."""
 
     @classmethod
     def start(cls, world: World, log: Path) -> Attempt:
@@ -82,6 +96,8 @@ class Attempt:
         for line in self.process.stdout:
             event = EVENT.validate_json(line)
             self.events.append(event)
+            if isinstance(event, Started):
+                self.on_start()
             if isinstance(event, StepMetrics):
                 self.steps += 1
                 self.on_step(self.steps)
@@ -90,15 +106,31 @@ class Attempt:
         """Process ids of the ranks that run."""
         return [pid for pid in descendants(self.process.pid) if b"sft_trainer\0rank" in command_line(pid)]
 
+    def fall_asleep(self) -> bool:
+        """Stop all its processes, as on a machine that nobody hears of any more; False where it has no ranks yet."""
+        if ranks := self.ranks():
+            self.asleep = [self.process.pid, *ranks]
+            for pid in self.asleep:
+                os.kill(pid, signal.SIGSTOP)
+        return bool(ranks)
+
+    def wake(self) -> None:
+        for pid in self.asleep:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+        self.asleep = []
+
     def end(self) -> int:
-        """The exit code; an attempt that takes too long is ended, and that is an error."""
-        try:
-            code = self.process.wait(LONGEST_ATTEMPT_SECONDS)
-        except subprocess.TimeoutExpired:
-            for pid in [*self.ranks(), self.process.pid]:
-                os.kill(pid, signal.SIGKILL)
-            raise Hung(f"the attempt did not end within {LONGEST_ATTEMPT_SECONDS:.0f} s") from None
-        return code
+        """The exit code, or ASLEEP; an attempt that takes too long is ended, and that is an error."""
+        deadline = time.monotonic() + LONGEST_ATTEMPT_SECONDS
+        while time.monotonic() < deadline:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                return self.process.wait(POLL_SECONDS)
+            if self.asleep:
+                return ASLEEP
+        for pid in [*self.ranks(), self.process.pid]:
+            os.kill(pid, signal.SIGKILL)
+        raise Hung(f"the attempt did not end within {LONGEST_ATTEMPT_SECONDS:.0f} s")
 
     @property
     def words(self) -> str:
@@ -153,17 +185,24 @@ def disturb(world: World, faults: int, chance: random.Random, names: list[str], 
     """Run until complete, struck by `faults` faults of those named, in an order and at instants drawn from `chance`."""
     log = Log()
     deck = Deck(names, chance)
+    sleeper: Attempt | None = None
     while True:
         log.attempts += 1
         world.gateway.begin()
         (world.staging / "ballast").unlink(missing_ok=True)
         fault = draw_between_attempts(deck, log, faults, world, chance, log_file)
         attempt = Attempt.start(world, log_file)
+        if sleeper is not None:
+            attempt.on_start = sleeper.wake
         strikes = Strikes(attempt, fault, deck, chance, log, faults)
         strikes.arm()
         code = attempt.end()
         log.codes[code] += 1
         judge(attempt, code, strikes, log)
+        if sleeper is not None:
+            sleeper.wake()  # should the next never have begun
+            judge_overtaken(sleeper, sleeper.end(), log)
+        sleeper = attempt if code == ASLEEP else None
         if code == 0:
             return log
 
@@ -254,6 +293,13 @@ def judge(attempt: Attempt, code: int, strikes: Strikes, log: Log) -> None:
     if code not in allowed:
         struck = strikes.last.name if strikes.last else "nothing"
         log.wrong_ends.append(f"attempt {log.attempts}, struck by {struck}, ended with {code}: {attempt.words}")
+
+
+def judge_overtaken(attempt: Attempt, code: int, log: Log) -> None:
+    """An attempt that woke beside a later one finds out and ends."""
+    log.codes[code] += 1
+    if code not in OVERTAKEN:
+        log.wrong_ends.append(f"an attempt that was overtaken ended with {code}: {attempt.words}")
 
 
 def wait_until_quiet(world: World) -> None:
