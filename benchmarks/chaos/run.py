@@ -34,6 +34,8 @@ OVERTAKEN = frozenset(
     )
 )
 """How an attempt may end that wakes beside a later one."""
+MOST_STEPS, MOST_WRITES, LONGEST_DELAY_SECONDS = 6, 30, 12.0
+"""How far into an attempt a fault strikes at the latest, by each of the clocks."""
 
 
 @dataclass(frozen=True)
