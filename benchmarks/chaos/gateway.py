@@ -9,6 +9,7 @@ import asyncio
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from io import BytesIO
 
 from aiohttp import ClientSession, DummyCookieJar, web
 from yarl import URL
@@ -43,7 +44,8 @@ class Gateway:
         """Called with the number of each write since `begin`, before it is carried out."""
         self._misbehaviour: Misbehaviour | None = None
         self._left = 0
-        self._writes = 0
+        self.writes = 0
+        """Since `begin`."""
         self._loop = asyncio.new_event_loop()
         self._ready = threading.Event()
         self._stop = asyncio.Event()
@@ -60,10 +62,11 @@ class Gateway:
     def stop(self) -> None:
         self._loop.call_soon_threadsafe(self._stop.set)
         self._thread.join()
+        self._loop.close()
 
     def begin(self) -> None:
         """Behave, and count writes from 1."""
-        self._misbehaviour, self._writes = None, 0
+        self._misbehaviour, self.writes = None, 0
 
     def misbehave(self, how: Misbehaviour, times: int) -> None:
         """Do this to so many requests, then behave again."""
@@ -90,8 +93,8 @@ class Gateway:
         body = await request.read()
         writes = request.method in ("PUT", "POST", "DELETE")
         if writes:
-            self._writes += 1
-            self.on_write(self._writes)
+            self.writes += 1
+            self.on_write(self.writes)
         how = self._turn(writes)
         if how is None:
             return await self._forward(request, body)
@@ -120,7 +123,7 @@ class Gateway:
         url = URL(f"{self.upstream}{request.raw_path}", encoded=True)
         try:
             async with self._client.request(
-                request.method, url, headers=headers, data=body or None, allow_redirects=False,
+                request.method, url, headers=headers, data=BytesIO(body) if body else None, allow_redirects=False,
                 skip_auto_headers=("User-Agent", "Content-Type", "Accept", "Accept-Encoding"),
             ) as answer:  # fmt: skip
                 content = await answer.read()

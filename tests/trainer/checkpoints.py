@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -17,6 +19,7 @@ from sft_api.spec import Keep
 from sft_trainer.checkpoint import CheckpointMeta, CheckpointWriter
 from sft_trainer.store import ObjectInfo, Store
 from sft_trainer.store_pace import Pace
+from tests.s3 import S3Server
 
 KEYS = ("master", "exp_avg", "exp_avg_sq")
 SHAPES: dict[str, tuple[int, ...]] = {
@@ -81,6 +84,13 @@ def make_meta(step: int = 1, world: int = 1, **other: Any) -> CheckpointMeta:
 def claim(store: Store, attempt: int) -> None:
     """Take the attempt's number, as a run does before its ranks start."""
     store.create(names.attempt(attempt), b"")
+
+
+def take_number_later(store: Store, server: S3Server, attempt: int, seconds: float) -> None:
+    """Begin an attempt so much later, by the store's clock: the server shows a file's time as the object's."""
+    store.create(names.attempt(attempt), b"")
+    later = time.time() + seconds
+    os.utime(server.folder / store.uri.removeprefix("s3://") / names.attempt(attempt), (later, later))
 
 
 @dataclass

@@ -19,7 +19,7 @@ from sft_trainer.store import Store
 from sft_trainer.store_pace import SMALLEST_PART_BYTES
 from sft_trainer.store_uploads import Bucket
 from tests.s3 import S3Server
-from tests.trainer.checkpoints import Gang, make_state
+from tests.trainer.checkpoints import Gang, make_state, take_number_later
 
 WRITER = """
 import sys
@@ -55,13 +55,6 @@ def killed_in_the_middle(uri: str, key: str, folder: Path) -> None:
     process.kill()
     process.wait()
     assert Store.open(uri).head(key) is None
-
-
-def take_number_later(store: Store, server: S3Server, attempt: int, seconds: float) -> None:
-    """Begin an attempt so much later, by the store's clock: the server shows a file's time as the object's."""
-    store.create(names.attempt(attempt), b"")
-    later = time.time() + seconds
-    os.utime(server.folder / store.uri.removeprefix("s3://") / names.attempt(attempt), (later, later))
 
 
 def test_uploads_of_a_killed_attempt_are_ended_by_the_next_and_no_others(

@@ -14,15 +14,17 @@ from __future__ import annotations
 import copy
 import os
 import re
+import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from io import BufferedReader
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, TypeAlias
+from threading import Event
+from typing import TYPE_CHECKING, BinaryIO, TypeAlias, TypeVar
 from urllib.parse import unquote
 
 import obstore
@@ -31,7 +33,7 @@ from obstore.store import AzureStore, GCSStore, LocalStore, S3Store
 
 from sft_api.run import ExitCode, RunError
 from sft_trainer import store_files
-from sft_trainer.store_errors import as_run_error, is_missing_object
+from sft_trainer.store_errors import Outage, as_run_error, is_missing_object
 from sft_trainer.store_pace import Pace
 from sft_trainer.store_reader import RangeReader
 from sft_trainer.store_uploads import Bucket
@@ -42,10 +44,13 @@ if TYPE_CHECKING:
 PART_BYTES = 64 * 1024 * 1024
 """Size of a multipart upload's parts, and of a download's ranges. Larger objects go up in parts."""
 CONCURRENT_PARTS = 4
+FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.1, 10.0
+"""Between tries at a request."""
 READ_AHEAD_BYTES = 8 * 1024 * 1024
 
 _Backend: TypeAlias = S3Store | GCSStore | AzureStore | LocalStore
 _Folders: TypeAlias = list[str]  # inside the class, `list` is a method
+_Answer = TypeVar("_Answer")
 _BEYOND_END = re.compile(r"range was invalid|InvalidRange|Range Not Satisfiable", re.IGNORECASE)
 
 
@@ -86,10 +91,11 @@ class Store:
     Methods may be called from any thread. A Store can be sent to another process; after a fork it must not be used.
     """
 
-    def __init__(self, backend: _Backend, uri: str, prefix: str, *, root: Path | None, path: str | None):
+    def __init__(self, backend: _Backend, uri: str, prefix: str, retry: Retry, *, root: Path | None, path: str | None):
         """Use `Store.open`. `root`: the folder that the prefix stands for, on file:// only."""
         self._backend = backend
         self._prefix = prefix
+        self._retry = retry
         self._root = root
         self._path = path
         self.uri = uri
@@ -102,8 +108,9 @@ class Store:
         of the store here. `path`: the field of the manifest that holds the URI, for messages.
         """
         scheme, separator, rest = uri.partition("://")
+        retry = retry or Retry.from_environment()
         if scheme == "file" and rest:
-            return cls._open_folder(rest, path)
+            return cls._open_folder(rest, retry, path)
         bucket, _, prefix = rest.partition("/")
         dots = {".", ".."}.intersection(prefix.split("/"))
         if not separator or scheme not in ("s3", "gs", "az") or not bucket or dots:
@@ -112,15 +119,15 @@ class Store:
         prefix = "/".join(part for part in prefix.split("/") if part)
         uri = f"{scheme}://{bucket}/{prefix}".rstrip("/")
         with _converted(f"opening {uri}", uri, path):
-            backend = _remote(scheme, bucket, retry or Retry.from_environment())
-        return cls(backend, uri, prefix, root=None, path=path)
+            backend = _remote(scheme, bucket, retry)
+        return cls(backend, uri, prefix, retry, root=None, path=path)
 
     @classmethod
-    def _open_folder(cls, rest: str, path: str | None) -> Store:
+    def _open_folder(cls, rest: str, retry: Retry, path: str | None) -> Store:
         # One backend at the root of the file system: opening a store then makes no folder, and reading one that does
         # not exist finds it empty.
         root = Path(unquote(rest)).expanduser().resolve()
-        return cls(LocalStore(), f"file://{root}", str(root).strip("/"), root=root, path=path)
+        return cls(LocalStore(), f"file://{root}", str(root).strip("/"), retry, root=root, path=path)
 
     def child(self, prefix: str) -> Store:
         """The store under `prefix`."""
@@ -136,31 +143,35 @@ class Store:
 
         `pace`: how fast a file's bytes may leave.
         """
-        size, part_bytes = data.stat().st_size if isinstance(data, Path) else len(data), PART_BYTES
-        body: bytes | Path | Iterator[bytes] = data
-        if pace is not None and isinstance(data, Path):
-            part_bytes, body = pace.part_bytes(size, PART_BYTES), pace.read(data)
-        with self._errors("writing", key):
+        size = data.stat().st_size if isinstance(data, Path) else len(data)
+        part_bytes = pace.part_bytes(size, PART_BYTES) if pace else PART_BYTES
+
+        def request() -> None:
             obstore.put(
                 self._backend,
                 self._key(key),
-                body,
+                pace.read(data) if pace and isinstance(data, Path) else data,
                 use_multipart=size > part_bytes,
                 chunk_size=part_bytes,
                 max_concurrency=CONCURRENT_PARTS,
             )
+
+        self._insist(request, "writing", key)
 
     def create(self, key: str, data: bytes) -> bool:
         """Write an object if there is none of this key, in one atomic step. False if there was one already.
 
         False also where our own write arrived and its answer was lost: who needs to know compares the contents.
         """
-        with self._errors("writing", key):
+
+        def request() -> bool:
             try:
                 obstore.put(self._backend, self._key(key), data, mode="create", use_multipart=False)
             except (obstore_errors.AlreadyExistsError, obstore_errors.PreconditionError):
                 return False
-        return True
+            return True
+
+        return self._insist(request, "writing", key)
 
     def get(self, key: str) -> bytes:
         """A whole object. Raises ObjectMissing."""
@@ -238,11 +249,14 @@ class Store:
     def delete(self, keys: Iterable[str]) -> None:
         """Delete objects, in no order; one that is not there is no error. Outlives a power cut."""
         paths = [self._key(key) for key in keys]
-        with self._errors("deleting", ""):
+
+        def request() -> None:
             if self._root is not None:
                 store_files.delete(Path("/", path) for path in paths)
             elif paths:
                 obstore.delete(self._backend, paths)
+
+        self._insist(request, "deleting", "")
 
     def local_path(self, key: str) -> Path | None:
         """The file that is the object, for memory-mapping without a copy: on file:// only."""
@@ -278,13 +292,13 @@ class Store:
 
     def check_writable(self) -> None:
         """Pre-flight: write, read back and delete a small object, and see that a second create is refused."""
-        key = f".write-check-{uuid.uuid4().hex}"
-        if not self.create(key, b"sftjob"):
-            raise self._refused("says that an object exists which nobody wrote")
+        name = uuid.uuid4().hex
+        key, body = f".write-check-{name}", name.encode()
+        self.create(key, body)  # False where the answer was lost: what counts is what is there
         try:
-            if self.get(key) != b"sftjob":
+            if self.get(key) != body:
                 raise self._refused("gave back other bytes than were written")
-            if self.create(key, b"sftjob"):
+            if self.create(key, body):
                 raise self._refused("does not honour conditional writes (If-None-Match), by which checkpoints commit")
         except ObjectMissing:
             raise self._refused("does not show an object that was just written") from None
@@ -299,6 +313,19 @@ class Store:
 
     def _relative(self, path: str) -> str:
         return path[len(self._prefix) + 1 :] if self._prefix else path
+
+    def _insist(self, request: Callable[[], _Answer], doing: str, key: str) -> _Answer:
+        """Make a request that may be made twice. obstore gives up at once on a write that got no answer in time."""
+        deadline, pause = time.monotonic() + self._retry.seconds, FIRST_PAUSE_SECONDS
+        while True:
+            try:
+                with self._errors(doing, key):
+                    return request()
+            except Outage:
+                if self._root is not None or time.monotonic() + pause >= deadline:
+                    raise
+            Event().wait(pause)
+            pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
 
     @contextmanager
     def _errors(self, doing: str, key: str) -> Iterator[None]:
@@ -335,7 +362,11 @@ def _remote(scheme: str, bucket: str, retry: Retry) -> _Backend:
         # The time decides, not the number.
         "max_retries": 1000,
         "retry_timeout": timedelta(seconds=retry.seconds),
-        "backoff": {"init_backoff": timedelta(milliseconds=100), "max_backoff": timedelta(seconds=10), "base": 2},
+        "backoff": {
+            "init_backoff": timedelta(seconds=FIRST_PAUSE_SECONDS),
+            "max_backoff": timedelta(seconds=LONGEST_PAUSE_SECONDS),
+            "base": 2,
+        },
     }
     if scheme == "s3":
         return S3Store(bucket, client_options=client, retry_config=retries)
