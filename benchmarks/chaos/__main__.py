@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import tempfile
@@ -23,7 +24,7 @@ from typing import Any
 
 from benchmarks.chaos.faults import FAULTS
 from benchmarks.chaos.gateway import Gateway
-from benchmarks.chaos.run import World, as_json, disturb, wait_until_quiet
+from benchmarks.chaos.run import World, as_json, disturb, processes_of, wait_until_quiet
 from sft_api.events import StepMetrics
 from sft_api.manifest import parse_job
 from sft_api.recipes import resolve
@@ -46,6 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", action="append", metavar="NAME", choices=sorted(FAULTS), help="of these faults alone")
     parser.add_argument("-o", "--output", choices=("table", "json"), default="table", help="what to print")
     options = parser.parse_args(arguments)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # leaving nothing behind
     with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
         found = chaos(Path(folder), options.faults, options.seed, options.processes, options.only)
     if options.output == "json":
@@ -77,9 +79,11 @@ def chaos(folder: Path, faults: int, seed: int, processes: int, only: list[str] 
                 call(worlds[name], "prepare")
             call(worlds["alone"], "train", "--processes", str(processes))
             log = disturb(worlds["disturbed"], faults, random.Random(seed), names, folder / "trainer.log")
-            wait_until_quiet(worlds["disturbed"])
+            wait_until_quiet(folder)
         return compared(seed, processes, log, sorted(set(FAULTS) - set(names)))
     finally:
+        for pid in processes_of(folder):
+            os.kill(pid, signal.SIGKILL)
         gateway.stop()
         server.kill()
 

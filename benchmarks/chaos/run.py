@@ -304,12 +304,18 @@ def judge_overtaken(attempt: Attempt, code: int, log: Log) -> None:
         log.wrong_ends.append(f"an attempt that was overtaken ended with {code}: {attempt.words}")
 
 
-def wait_until_quiet(world: World) -> None:
-    """Return when no rank of an earlier attempt runs."""
+def processes_of(folder: Path) -> list[int]:
+    """Of all attempts whose run.json is in `folder`."""
+    running = (int(entry.name) for entry in Path("/proc").glob("[0-9]*"))
+    return [pid for pid in running if b"sft_trainer\0" in (line := command_line(pid)) and str(folder).encode() in line]
+
+
+def wait_until_quiet(folder: Path) -> None:
+    """Return when no process of an earlier attempt runs."""
     deadline = time.monotonic() + 60
-    while any(str(world.run_json).encode() in command_line(int(p.name)) for p in Path("/proc").glob("[0-9]*")):
+    while processes_of(folder):
         assert time.monotonic() < deadline, "ranks of an earlier attempt are still alive"
-        threading.Event().wait(0.2)
+        threading.Event().wait(POLL_SECONDS)
 
 
 def as_json(log: Log) -> dict[str, object]:
