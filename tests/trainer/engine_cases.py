@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 from sft_api.run import ResolvedOptimizer
 from sft_api.spec import LearningRateSchedule, OptimizerState, Warmup
 from sft_trainer.engine import Engine
-from sft_trainer.state import StateKey
+from sft_trainer.state import STATE_KEYS, StateKey
 
 CPU = torch.device("cpu")
 VOCABULARY = 5003
@@ -176,6 +176,23 @@ def assemble(of_all_ranks: Sequence[list[Part]]) -> tuple[Whole, int]:
     assert all((cover == 1).all() for cover in covered.values()), "an element belongs to no rank, or to several"
     assert len(steps) == 1, steps
     return whole, steps.pop()
+
+
+def same_bits(one: Whole, other: Whole) -> bool:
+    return one.keys() == other.keys() and all(
+        np.array_equal(one[name][key].view(np.uint32), other[name][key].view(np.uint32))
+        for name in one
+        for key in STATE_KEYS
+    )
+
+
+def largest_relative_deviation(one: Whole, other: Whole) -> float:
+    """Of any element, in units of the largest element of its vector."""
+    return max(
+        float(np.abs(one[name][key] - other[name][key]).max() / np.abs(other[name][key]).max())
+        for name in other
+        for key in STATE_KEYS
+    )
 
 
 @dataclass(frozen=True)

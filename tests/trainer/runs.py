@@ -9,6 +9,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from sft_api import names
 from sft_api.events import StepMetrics, ValidationMetrics
 from sft_api.manifest import parse_job
@@ -49,12 +51,12 @@ def write_conversations(path: Path, count: int, seed: int) -> Path:
     return path
 
 
-def make_base(folder: Path) -> Path:
-    """A base model and two files of conversations, in one folder."""
+def make_base(folder: Path, **model: Any) -> Path:
+    """A base model and two files of conversations, in one folder. `model`: more for `make_model`."""
     from examples.make_model import make_model, read_texts
 
     files = [write_conversations(folder / "one.jsonl", 26, 1), write_conversations(folder / "two.jsonl", 16, 2)]
-    make_model(folder / "model", read_texts(files), hidden=32, layers=2, heads=2, vocab=320)
+    make_model(folder / "model", read_texts(files), hidden=32, layers=2, heads=2, vocab=320, **model)
     return folder
 
 
@@ -94,6 +96,10 @@ def make_run(base: Path, out: str, changes: dict[str, Any] | None = None) -> Run
     return config
 
 
+MORE_THAN_THERE_IS = 1 << 60
+"""Bytes; no address space holds as many."""
+
+
 class Died(Exception):
     """Stands for the sudden end of a process: nothing of the run is told of it."""
 
@@ -104,7 +110,7 @@ class Script:
 
     `stop_at`: told to stop at what is called so, a step or anything else that takes long. `chunk_samples`: how many
     held-out samples are scored at a time. `loss_guard_in`: from which step on the first rank, and no other, is told of
-    which lossGuard.
+    which lossGuard. `exhaust_in`: in which step it asks for more memory than there can be.
     """
 
     stop_in: int | None = None
@@ -112,6 +118,7 @@ class Script:
     stop_at: str | None = None
     chunk_samples: int | None = None
     loss_guard_in: tuple[int, float] | None = None
+    exhaust_in: int | None = None
     steps: int = field(default=0, init=False)
     told: bool = field(default=False, init=False)
 
@@ -130,6 +137,10 @@ class Script:
     def hear(self, stage: str) -> None:
         self.steps += stage.startswith("step ")
         self.told = self.told or (self.stop_at is not None and stage.startswith(self.stop_at))
+        if self.steps == self.exhaust_in:
+            import torch
+
+            torch.empty(MORE_THAN_THERE_IS, dtype=torch.uint8)
 
 
 @dataclass(frozen=True)
@@ -254,3 +265,24 @@ class Runs:
 
     def told(self, name: str) -> Told:
         return read_run(self.uri(name))
+
+
+def figures(told: Told) -> list[tuple[object, ...]]:
+    """All of the steps and scores that depends on neither clock nor machine."""
+    timed = {"seconds", "tokens_per_second", "data_wait_seconds", "checkpoint_stall_seconds", "memory_bytes", "time"}
+    steps = [tuple(step.model_dump(exclude=timed).values()) for step in told.steps.values()]
+    return [*steps, *((v.step, v.phase, v.loss, v.accuracy) for v in told.validations.values())]
+
+
+def same_training(told: Told, other: Told, tolerance: float) -> None:
+    assert [s.samples_digest for s in told.steps.values()] == [s.samples_digest for s in other.steps.values()]
+    for step, expected in zip(told.steps.values(), other.steps.values(), strict=True):
+        assert step.loss == pytest.approx(expected.loss, rel=tolerance)
+        assert (step.samples, step.tokens, step.loss_tokens) == (
+            expected.samples,
+            expected.tokens,
+            expected.loss_tokens,
+        )
+        assert step.learning_rate == expected.learning_rate
+    for score, expected_score in zip(told.validations.values(), other.validations.values(), strict=True):
+        assert score.loss == pytest.approx(expected_score.loss, rel=tolerance)

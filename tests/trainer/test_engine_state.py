@@ -8,17 +8,18 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from sft_trainer.state import STATE_KEYS
 from tests.gang import Gangs
 from tests.trainer.engine_cases import (
     Part,
     Whole,
     WholeSource,
     assemble,
+    largest_relative_deviation,
     make_module,
     make_samples,
     parts,
     running,
+    same_bits,
     take_step,
 )
 
@@ -79,25 +80,8 @@ def whole_at(answers: list[tuple[Snapshot, Snapshot]], at: int) -> tuple[Whole, 
     return assemble([snapshots[at].parts for snapshots in answers])
 
 
-def same_bits(one: Whole, other: Whole) -> bool:
-    return one.keys() == other.keys() and all(
-        np.array_equal(one[name][key].view(np.uint32), other[name][key].view(np.uint32))
-        for name in one
-        for key in STATE_KEYS
-    )
-
-
 def same_weights(one: Weights, other: Weights) -> bool:
     return one.keys() == other.keys() and all(np.array_equal(one[name], other[name]) for name in one)
-
-
-def largest_relative_deviation(one: Whole, other: Whole) -> float:
-    """Of any element, in units of the largest element of its vector."""
-    return max(
-        float(np.abs(one[name][key] - other[name][key]).max() / np.abs(other[name][key]).max())
-        for name in other
-        for key in STATE_KEYS
-    )
 
 
 # Every stage and world size is a source and a target, and each kind of optimizer hands over to each other.

@@ -21,7 +21,7 @@ from sft_trainer.split import open_data
 from sft_trainer.store import Store
 from sft_trainer.tokenizer import load_tokenizer
 from tests.gang import Gangs
-from tests.trainer.runs import Runs, Script, Told, make_base
+from tests.trainer.runs import Runs, Script, Told, figures, make_base, same_training
 
 
 @pytest.fixture(scope="module")
@@ -39,13 +39,6 @@ def straight(runs: Runs) -> Told:
     """The run of `runs.SPEC` without any interruption, on one rank with ZeRO 1."""
     assert runs.run("straight").code == ExitCode.COMPLETED
     return runs.told("straight")
-
-
-def figures(told: Told) -> list[tuple[object, ...]]:
-    """All of the steps and scores that depends on neither clock nor machine."""
-    timed = {"seconds", "tokens_per_second", "data_wait_seconds", "checkpoint_stall_seconds", "memory_bytes", "time"}
-    steps = [tuple(step.model_dump(exclude=timed).values()) for step in told.steps.values()]
-    return [*steps, *((v.step, v.phase, v.loss, v.accuracy) for v in told.validations.values())]
 
 
 def expected_digests(config: RunConfig) -> Iterator[str]:
@@ -109,19 +102,6 @@ def test_the_held_out_loss_is_that_of_its_samples_one_by_one(runs: Runs, straigh
     assert straight.validations[0].accuracy == accuracy
 
 
-@pytest.mark.parametrize("stop_in", [1, 4, 6, 7, 9], ids=lambda step: f"step {step}")
-def test_a_run_that_is_told_to_stop_goes_on_bit_for_bit(runs: Runs, straight: Told, stop_in: int) -> None:
-    name = f"stopped-{stop_in}"
-    ending = runs.run(name, script=Script(stop_in=stop_in))
-    assert ending.code == ExitCode.PREEMPTED
-    assert ending.message == f"told to stop: step {stop_in} is committed; run again to go on"
-    assert max(runs.told(name).digests) == stop_in
-    assert runs.run(name).code == ExitCode.COMPLETED
-    told = runs.told(name)
-    assert figures(told) == figures(straight)
-    assert told.digests[max(told.digests)] == straight.digests[max(straight.digests)]
-
-
 STOPS = {
     "loading the model": (Script(stop_at="loading"), "told to stop before a step was taken; run again to go on", None),
     "restoring": (Script(stop_at="restoring"), "told to stop before a step was taken; run again to go on", None),
@@ -178,33 +158,10 @@ def test_the_report_of_a_run_in_attempts_counts_each_step_once(runs: Runs) -> No
     assert again.model_copy(update={"attempt": 3, "resumed_from_step": 7, "progress": report.progress}) == report
 
 
-def test_a_run_that_dies_again_and_again_ends_with_the_same_parameters(runs: Runs, straight: Told) -> None:
-    for die_in in (3, 4, 1, 5):
-        assert runs.run("dying", script=Script(die_in=die_in)).code < 0
-    assert runs.run("dying").code == ExitCode.COMPLETED
-    told = runs.told("dying")
-    assert figures(told) == figures(straight)
-    assert told.digests[max(told.digests)] == straight.digests[max(straight.digests)]
-
-
 def test_a_finished_run_is_finished_when_it_is_run_again(runs: Runs, straight: Told) -> None:
     before = runs.told("straight")
     assert runs.run("straight").code == ExitCode.COMPLETED
     assert figures(runs.told("straight")) == figures(before)
-
-
-def same_training(told: Told, other: Told, tolerance: float) -> None:
-    assert [s.samples_digest for s in told.steps.values()] == [s.samples_digest for s in other.steps.values()]
-    for step, expected in zip(told.steps.values(), other.steps.values(), strict=True):
-        assert step.loss == pytest.approx(expected.loss, rel=tolerance)
-        assert (step.samples, step.tokens, step.loss_tokens) == (
-            expected.samples,
-            expected.tokens,
-            expected.loss_tokens,
-        )
-        assert step.learning_rate == expected.learning_rate
-    for score, expected_score in zip(told.validations.values(), other.validations.values(), strict=True):
-        assert score.loss == pytest.approx(expected_score.loss, rel=tolerance)
 
 
 @pytest.mark.parametrize(("world", "stage"), [(2, 1), (2, 2), (2, 3), (3, 3)])
@@ -216,33 +173,9 @@ def test_ranks_and_stage_decide_who_computes_and_nothing_else(
     same_training(runs.told(name), straight, 1e-5)
 
 
-def test_a_run_goes_on_with_other_ranks_and_stages(runs: Runs, straight: Told) -> None:
-    for world, stage, stop_in in ((1, 1, 3), (2, 3, 3), (3, 2, 2)):
-        changes = {"trainer": {"zeroStage": stage}}
-        assert runs.run("moving", world, changes, Script(stop_in=stop_in)).code == ExitCode.PREEMPTED
-    assert runs.run("moving").code == ExitCode.COMPLETED
-    same_training(runs.told("moving"), straight, 1e-5)
-
-
 def test_padded_batches_train_the_same(runs: Runs, straight: Told) -> None:
     assert runs.run("padded", 2, {"batch": {"packing": "Padded"}}).code == ExitCode.COMPLETED
     same_training(runs.told("padded"), straight, 1e-5)
-
-
-def test_a_reset_of_the_optimizer_happens_once_whatever_dies_around_it(runs: Runs, base: Path, straight: Told) -> None:
-    phases = [
-        {"name": "one", "data": [{"uri": f"file://{base}/one.jsonl"}]},
-        {"name": "two", "data": [{"uri": f"file://{base}/two.jsonl"}], "optimizer": {"state": "Reset"}},
-    ]
-    assert runs.run("reset", changes={"phases": phases}).code == ExitCode.COMPLETED
-    told = runs.told("reset")
-    boundary = sum(step.phase == "one" for step in told.steps.values())
-    for stop_in in (boundary, 1):  # at the very end of the first phase, then after the first step of the second
-        runs.run("reset-stopped", changes={"phases": phases}, script=Script(stop_in=stop_in))
-    assert runs.run("reset-stopped", changes={"phases": phases}).code == ExitCode.COMPLETED
-    assert figures(runs.told("reset-stopped")) == figures(told)
-    assert told.steps[boundary + 1].loss == straight.steps[boundary + 1].loss
-    assert told.steps[boundary + 2].loss != straight.steps[boundary + 2].loss
 
 
 def test_by_length_walks_the_shorter_half_and_then_the_longer(runs: Runs) -> None:
