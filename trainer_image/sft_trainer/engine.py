@@ -378,8 +378,8 @@ def as_run_error(error: BaseException) -> RunError | None:
 
 
 def out_of_memory(words: str) -> RunError:
-    advice = "lower spec.batch.maxTokensPerGPU, raise spec.trainer.zeroStage or use more GPUs"
-    return RunError(ExitCode.OUT_OF_MEMORY, f"out of memory: {advice}. {first_line(words)}")
+    ways = "lower spec.batch.maxTokensPerGPU, raise spec.trainer.zeroStage or use more GPUs"
+    return RunError(ExitCode.OUT_OF_MEMORY, f"out of memory: {first_line(words)}; {ways}")
 
 
 def communication(words: str) -> RunError:

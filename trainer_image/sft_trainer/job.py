@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -20,11 +21,11 @@ from sft_api.spec import Packing, Precision
 from sft_api.status import CheckpointStatus, PhaseStatus, Progress
 from sft_trainer.attention import choose_attention, padded_attention
 from sft_trainer.balance import Balance
-from sft_trainer.engine import Engine
+from sft_trainer.engine import Engine, as_run_error
 from sft_trainer.exports import Exports
 from sft_trainer.heartbeat import Heartbeat
 from sft_trainer.loss import PackedLM
-from sft_trainer.memory import memory_need
+from sft_trainer.memory import STAGES, Footprint, advice
 from sft_trainer.model import ModelNumbers, load_model, model_numbers
 from sft_trainer.plan import Packer
 from sft_trainer.preparation import job_store, prepared_job
@@ -76,6 +77,8 @@ class Job:
     heartbeat: Heartbeat
     stop: Stopping
     told: Callable[[], RunConfig]
+    footprint: Footprint
+    stage: int
     cursor: Cursor
 
     @property
@@ -134,7 +137,8 @@ def assemble(config: RunConfig, model_folder: Path, workplace: Workplace) -> Job
 
     data, held_out = open_data(config, prepared)
     schedule = Schedule(config.phases, [len(phase.samples) for phase in data])
-    stage = choose_stage(config, numbers, ranks)
+    footprint = footprint_of(config, numbers, ranks)
+    stage = choose_stage(config, footprint)
     padded = packing is Packing.PADDED
     packer = Packer(ranks.world, stage > 1, padded, numbers.quadratic_length)
     validation = Validation(
@@ -144,15 +148,16 @@ def assemble(config: RunConfig, model_folder: Path, workplace: Workplace) -> Job
         max(phase.batch.max_tokens_per_gpu for phase in config.phases),
     )
     packed = PackedLM(model)
-    engine = Engine(
-        packed,
-        stage=stage,
-        bf16=bf16,
-        optimizer=config.phases[0].optimizer,
-        device=ranks.device,
-        timeout=collective_timeout(config),
-        prefix="model.",
-    )
+    with telling_what_would_fit(footprint, stage):
+        engine = Engine(
+            packed,
+            stage=stage,
+            bf16=bf16,
+            optimizer=config.phases[0].optimizer,
+            device=ranks.device,
+            timeout=collective_timeout(config),
+            prefix="model.",
+        )
     stop.before_training()
     for notice in packed.notices:
         signals.emit(Message(level="warning", text=notice))
@@ -209,6 +214,8 @@ def assemble(config: RunConfig, model_folder: Path, workplace: Workplace) -> Job
         heartbeat,
         stop,
         workplace.told,
+        footprint,
+        stage,
         cursor,
     )
 
@@ -254,26 +261,42 @@ def choose_packing(config: RunConfig, model: PreTrainedModel, ranks: Ranks) -> t
     return Packing.PADDED, choice.backend, choice.reason
 
 
-def choose_stage(config: RunConfig, numbers: ModelNumbers, ranks: Ranks) -> int:
-    """The ZeRO stage asked for, or the lowest that fits in this rank's memory."""
-    if config.trainer.zero_stage is not None:
-        return config.trainer.zero_stage
-    need = memory_need(
+def footprint_of(config: RunConfig, numbers: ModelNumbers, ranks: Ranks) -> Footprint:
+    """Collective: the memory is that of the rank with the least."""
+    batches = [phase.batch for phase in config.phases]
+    return Footprint(
         numbers,
         ranks.world,
-        max(phase.batch.max_tokens_per_gpu for phase in config.phases),
+        max(batch.max_tokens_per_gpu for batch in batches),
+        max(batch.max_sequence_length for batch in batches),
         config.trainer.precision is Precision.BF16,
         config.trainer.activation_checkpointing,
+        int(ranks.gather([available_memory(ranks.device)]).min()),
     )
-    available = int(ranks.gather([available_memory(ranks.device)]).min())
-    stage = need.lowest_that_fits(available)
+
+
+def choose_stage(config: RunConfig, footprint: Footprint) -> int:
+    """The ZeRO stage asked for, or the lowest that fits in every rank's memory."""
+    stage = config.trainer.zero_stage or footprint.need.lowest_that_fits(footprint.available)
     if stage is None:
+        needed = footprint.need.by_stage[STAGES[-1]] / 1e9
         raise RunError(
             ExitCode.OUT_OF_MEMORY,
-            f"the model needs {need.by_stage[3] / 1e9:.1f} GB on each of {ranks.world} ranks with ZeRO 3, and there are"
-            f" {available / 1e9:.1f} GB: lower spec.batch.maxTokensPerGPU or use more GPUs",
+            f"the model needs {needed:.1f} GB on each rank with ZeRO {STAGES[-1]}: {advice(footprint, None)}",
         )
     return stage
+
+
+@contextmanager
+def telling_what_would_fit(footprint: Footprint, stage: int) -> Iterator[None]:
+    """Inside, running out of memory is a RunError that says what would fit."""
+    try:
+        yield
+    except Exception as error:
+        known = error if isinstance(error, RunError) else as_run_error(error)
+        if known is None or known.code is not ExitCode.OUT_OF_MEMORY:
+            raise
+        raise RunError(known.code, f"{known.message}: {advice(footprint, stage)}") from error
 
 
 def available_memory(device: torch.device) -> float:

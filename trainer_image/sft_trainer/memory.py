@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 from sft_trainer.model import ModelNumbers
 
@@ -11,6 +12,8 @@ RESERVE = 0.15
 
 LOSS_CHUNK_TOKENS = 1024
 STAGES = (1, 2, 3)
+MOST_RANKS = 1024
+"""More are not thought of when it comes to what would fit."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,78 @@ class MemoryNeed:
 
     def lowest_that_fits(self, available: int) -> int | None:
         return next((stage for stage in STAGES if self.fits(stage, available)), None)
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What decides how much memory a rank needs, and what it has."""
+
+    numbers: ModelNumbers
+    ranks: int
+    tokens: int
+    """`maxTokensPerGPU`: of a micro-batch."""
+    fewest_tokens: int
+    """`maxSequenceLength`: a micro-batch holds the longest sample."""
+    bf16: bool
+    checkpointing: bool
+    available: int
+    """Bytes on this rank."""
+
+    @property
+    def need(self) -> MemoryNeed:
+        return memory_need(self.numbers, self.ranks, self.tokens, self.bf16, self.checkpointing)
+
+
+def what_would_fit(asked: Footprint, stage: int | None) -> list[tuple[Footprint, int]]:
+    """The least change of each kind that would fit, with its ZeRO stage: a higher stage, activation checkpointing, a
+    smaller micro-batch, more ranks.
+
+    `stage`: the one that ran out of memory, None where none is thought to fit. What it was thought to need was too
+    much, whatever there is: less is proposed.
+    """
+    limit = asked.available if stage is None else min(asked.available, asked.need.by_stage[stage])
+    allowed = [other for other in STAGES if stage is None or other >= stage]
+
+    def first(candidates: Iterator[Footprint]) -> list[tuple[Footprint, int]]:
+        fitting = ((one, other) for one in candidates for other in allowed if one.need.fits(other, limit))
+        return list(next(([found] for found in fitting), []))
+
+    def smaller() -> Iterator[Footprint]:
+        tokens = asked.tokens
+        while tokens > asked.fewest_tokens:
+            tokens = max(tokens // 2, asked.fewest_tokens)
+            yield replace(asked, tokens=tokens)
+
+    def wider(one: Footprint) -> Iterator[Footprint]:
+        ranks = 2 * one.ranks
+        while ranks <= MOST_RANKS:
+            yield replace(one, ranks=ranks)
+            ranks *= 2
+
+    with_checkpointing = [] if asked.checkpointing else [replace(asked, checkpointing=True)]
+    ways = [*first(iter([asked])), *first(iter(with_checkpointing)), *first(smaller()), *first(wider(asked))]
+    least = replace(asked, tokens=min(asked.tokens, asked.fewest_tokens), checkpointing=True)
+    return ways or first(wider(least))
+
+
+def advice(asked: Footprint, stage: int | None) -> str:
+    """What to do for want of memory, in a sentence for the user."""
+    there_is = f"there are {asked.available / 1e9:.1f} GB for each rank"
+    ways = [in_words(asked, *found) for found in what_would_fit(asked, stage)]
+    if not ways:
+        return f"{there_is}, and nothing up to {MOST_RANKS} ranks would fit: it takes more memory, or a smaller model"
+    return f"{there_is}; by arithmetic this would fit: {', or '.join(ways)}"
+
+
+def in_words(asked: Footprint, found: Footprint, stage: int) -> str:
+    changes = [f"spec.trainer.zeroStage {stage}"]
+    if found.checkpointing != asked.checkpointing:
+        changes.append("spec.trainer.activationCheckpointing true")
+    if found.tokens != asked.tokens:
+        changes.append(f"spec.batch.maxTokensPerGPU {found.tokens}")
+    if found.ranks != asked.ranks:
+        changes.append(f"{found.ranks} ranks")
+    return " with ".join(reversed(changes))
 
 
 def memory_need(

@@ -10,7 +10,7 @@ import torch
 from sft_api.run import ExitCode, RunConfig, RunError
 from sft_trainer.engine import init_distributed
 from sft_trainer.heartbeat import Heartbeat
-from sft_trainer.job import Job, Workplace, assemble, collective_timeout, open_signals
+from sft_trainer.job import Job, Workplace, assemble, collective_timeout, open_signals, telling_what_would_fit
 from sft_trainer.ranks import Ranks
 from sft_trainer.stopping import StopFlag, Stopping
 from sft_trainer.told import AsTold, read_config
@@ -46,7 +46,8 @@ def join(config: RunConfig) -> Ranks:
 
 def carry_out(job: Job, progress: Progress) -> None:
     try:
-        train(job, progress)
+        with telling_what_would_fit(job.footprint, job.stage):
+            train(job, progress)
     except RunError as error:
         if error.code is ExitCode.DIVERGED:  # on all ranks alike, and a save on its way is from before
             job.saver.wait()
