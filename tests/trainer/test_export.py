@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, pipeline
 
 from examples.make_model import make_model
+from sft_api.run import ExitCode, RunError
 from sft_api.spec import ChatTemplate, Model, Precision
 from sft_trainer.attention import choose_attention, stock_attention
 from sft_trainer.export import export_model, upload_export
@@ -129,6 +130,18 @@ def test_large_weights_go_into_shards(trained: tuple[PreTrainedModel, Any], tmp_
     assert len(list(tmp_path.glob("model-*-of-*.safetensors"))) > 1
     assert (tmp_path / "model.safetensors.index.json").is_file()
     AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("in_the_way", ["model.safetensors", "config.json"])
+def test_a_disk_that_does_not_take_it_is_named_with_what_to_do(
+    trained: tuple[PreTrainedModel, Any], tmp_path: Path, in_the_way: str
+) -> None:
+    """A folder in a file's place fails as a full disk does: in the library that writes the weights, or in Python."""
+    (tmp_path / in_the_way / "folder").mkdir(parents=True)
+    with pytest.raises(RunError, match=rf"cannot be written to {tmp_path}: .*(os error|Errno)") as caught:
+        export_model(bf16_state(trained[0]), *trained, tmp_path)
+    assert caught.value.code == ExitCode.STORE_REFUSED
+    assert "the checkpoints are whole" in caught.value.message
 
 
 @pytest.mark.parametrize("architecture", ["mixtral", "gpt_neox", "gemma2", "granitemoe"])

@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from sft_api import names
+from sft_api.run import ExitCode, RunError
 from sft_trainer.store import ObjectMissing, Store
 
 SHARD_SIZE = "5GB"
@@ -34,15 +36,23 @@ def export_model(
     """Writes weights (bf16 safetensors in shards of at most 5 GB), configs, tokenizer and chat template to `folder`.
 
     `state_dict` holds the model's parameters in bf16 by the names of `model`, tied ones once; `model` gives
-    everything else, its own weights are not read (under ZeRO-3 they are not there).
+    everything else, its own weights are not read (under ZeRO-3 they are not there). RunError where this machine's disk
+    does not take it.
     """
     model.generation_config = _valid_generation_config(model)
-    model.save_pretrained(folder, state_dict=_whole_state(state_dict, model), max_shard_size=shard_size)
     config = copy.deepcopy(model.config)
     config.use_cache = True
     config.dtype = torch.bfloat16
-    config.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    try:
+        model.save_pretrained(folder, state_dict=_whole_state(state_dict, model), max_shard_size=shard_size)
+        config.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    except (OSError, SafetensorError) as error:
+        raise RunError(
+            ExitCode.STORE_REFUSED,
+            f"the model to be exported cannot be written to {folder}: {error}. Free some space there, or set TMPDIR to "
+            "a larger disk; the checkpoints are whole, and the same command goes on with the export",
+        ) from error
 
 
 def upload_export(folder: Path, store: Store, facts: Mapping[str, Any]) -> int:
