@@ -34,7 +34,8 @@ from sft_trainer.store import Store
 from tests.s3 import S3Server
 from tests.trainer.runs import SPEC, make_base
 
-STEPS_PER_FAULT = 6
+STEPS_PER_FAULT = 18
+"""More than a fault can take: the run must not be complete before the last has struck."""
 STAGING_BYTES = 64 * 1024 * 1024
 FULL_DISK = "a full disk under the staging area"
 
@@ -80,6 +81,8 @@ def chaos(folder: Path, faults: int, seed: int, processes: int, only: list[str] 
             call(worlds["alone"], "train", "--processes", str(processes))
             log = disturb(worlds["disturbed"], faults, random.Random(seed), names, folder / "trainer.log")
             wait_until_quiet(folder)
+        if log.faults < faults:
+            sys.exit(f"the run was complete after {log.faults} of {faults} faults: it is too short for them")
         return compared(seed, processes, log, sorted(set(FAULTS) - set(names)))
     finally:
         for pid in processes_of(folder):

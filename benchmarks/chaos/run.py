@@ -36,6 +36,8 @@ OVERTAKEN = frozenset(
 """How an attempt may end that wakes beside a later one."""
 MOST_STEPS, MOST_WRITES, LONGEST_DELAY_SECONDS = 6, 30, 12.0
 """How far into an attempt a fault strikes at the latest, by each of the clocks."""
+LAST_STEP = 12
+"""How many steps later it strikes at the latest, whatever the clock."""
 
 
 @dataclass(frozen=True)
@@ -248,20 +250,17 @@ class Strikes:
         self._lock = threading.Lock()
 
     def arm(self) -> None:
-        """Draw the instant: at a step's end, at a write to the store, or after some seconds."""
+        """Draw the instant: at a step's end, at a write to the store, or after some seconds, and not many steps on."""
         if self.fault is None:
             return
         clock = self.chance.choice(("step", "write", "seconds"))
-        if clock == "step":
-            due = self.attempt.steps + self.chance.randint(1, MOST_STEPS)
-            self.attempt.on_step = lambda number: self._strike(f"step {number}") if number == due else None
-        elif clock == "write":
-            due = self.chance.randint(1, MOST_WRITES)
-            self.attempt.world.gateway.begin()
-            self.attempt.world.gateway.on_write = lambda number: (
-                self._strike(f"write {number}") if number == due else None
-            )
-        else:
+        due_step = self.attempt.steps + (self.chance.randint(1, MOST_STEPS) if clock == "step" else LAST_STEP)
+        self.attempt.on_step = lambda number: self._strike(f"step {number}") if number >= due_step else None
+        if clock == "write":
+            gateway = self.attempt.world.gateway
+            due = gateway.writes + self.chance.randint(1, MOST_WRITES)
+            gateway.on_write = lambda number: self._strike(f"write {number}") if number == due else None
+        elif clock == "seconds":
             delay = self.chance.uniform(0, LONGEST_DELAY_SECONDS)
             timer = threading.Timer(delay, self._strike, (f"{delay:.1f} s",))
             timer.daemon = True
