@@ -103,6 +103,31 @@ def test_a_broken_backend_fails_the_self_test(backend: Any, why: str) -> None:
     assert why in result.detail
 
 
+def forgets_boundaries(backend: str) -> Any:
+    """What `backend` would do if all packed samples were one."""
+    works = AttentionInterface()[backend]
+
+    def attend(module: nn.Module, query: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        out, _ = works(module, query, *args, **{**kwargs, "sample_lengths": [query.shape[2]]})
+        return out, None
+
+    return attend
+
+
+@pytest.mark.parametrize("architecture", PACKABLE)
+def test_a_backend_that_forgets_where_samples_begin_is_caught_on_every_architecture(architecture: str) -> None:
+    model = tiny_model(architecture)
+    backend = choose_attention(model, None, "cpu").backend
+    AttentionInterface.register("forgetful", forgets_boundaries(backend))
+    # Where the backend takes a mask, it is without one, and causal.
+    AttentionMaskInterface.register("forgetful", lambda *args, **kwargs: None)
+    model.set_attn_implementation("forgetful")
+    result = self_test(model, "cpu")
+    assert not result.passed
+    assert result.packed_error > 1e-2
+    assert result.leak > 1e-2
+
+
 def test_the_self_test_leaves_the_model_as_it_was() -> None:
     model = tiny_model("mistral", sliding_window=256).train()
     before = [p.clone() for p in model.parameters()]

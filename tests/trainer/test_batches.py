@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+import threading
 from collections import Counter
+from types import FrameType
 
 import numpy as np
 import pytest
@@ -12,6 +15,7 @@ from sft_trainer.batches import DUMMY, IGNORED, Step, StepLoader, packed_batch, 
 from sft_trainer.plan import Packer
 from sft_trainer.preparation import prepared_job
 from sft_trainer.split import PhaseData, open_data
+from tests.trainer.exact_cases import MadeData
 from tests.trainer.runs import make_base, make_run
 
 CPU = torch.device("cpu")
@@ -92,6 +96,42 @@ def test_a_position_is_sought_and_not_walked_to(phase: PhaseData) -> None:
     assert [step.digest for step in rest] == [step.digest for step in whole[-len(rest) :]]
     assert samples_in(rest) == samples_in(whole[-len(rest) :])
     assert len(rest) == len(whole) // 2 - 1
+
+
+def calls_until_the_first_step(loader: StepLoader, position: tuple[int, int], steps: tuple[int, int]) -> Counter[str]:
+    """How often each function of the trainer is called, in any thread, before the step at `position` is handed out."""
+    calls: Counter[str] = Counter()
+
+    def count(frame: FrameType, event: str, argument: object) -> None:
+        if event == "call" and frame.f_globals["__name__"].startswith("sft_trainer"):
+            calls[frame.f_code.co_qualname] += 1
+
+    threading.setprofile(count)
+    sys.setprofile(count)
+    try:
+        iterator = loader.steps(*position, *steps)
+        step = next(iterator)
+        iterator.close()
+    finally:
+        sys.setprofile(None)
+        threading.setprofile(None)
+    assert step.epoch == position[0]
+    return calls
+
+
+def test_what_a_resumed_run_reads_and_does_does_not_grow_with_the_position() -> None:
+    epochs, size = 1000, 4
+    data = MadeData([FIRST] * (10 * size))
+    phase = PhaseData(data, np.arange(len(data)), size, 8)
+    work = []
+    for position in [(0, 0), (0, 8), (epochs - 1, 0), (epochs - 1, 8)]:
+        data.read.clear()
+        loader = StepLoader(phase, Packer(1, False, False, 1000.0), 0, CPU, seed=42, phase=0)
+        work.append((calls_until_the_first_step(loader, position, (epochs, 10)), len(data.read)))
+    assert work == [work[0]] * len(work)
+    calls, reads = work[0]
+    assert calls["permutation"] == 1
+    assert reads == 2 * size  # the step and the one that is prepared meanwhile
 
 
 def test_another_epoch_has_another_order(phase: PhaseData) -> None:

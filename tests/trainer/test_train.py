@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from sft_api import names
 from sft_api.run import ExitCode, RunConfig
 from sft_api.status import ExportStatus, PhaseStatus
 from sft_trainer.fetch import fetch_model
@@ -81,13 +84,18 @@ def reference_loss(config: RunConfig, samples: list[tuple[Any, Any]]) -> tuple[f
     return float(total.detach()) / count, float(torch.stack(squares).sum().sqrt()), hits / count
 
 
-def test_the_first_step_s_loss_and_gradient_norm_are_those_of_its_samples_one_by_one(
-    runs: Runs, straight: Told
-) -> None:
-    config = runs.config("straight")
+def first_step(config: RunConfig) -> tuple[float, float]:
+    """Loss and gradient norm of the first step of a run, by `reference_loss`."""
     data, _ = open_data(config, prepared_job(config))
     order = permutation(len(data[0].samples), config.seed, 0, 0)[: data[0].effective_batch_size]
     loss, norm, _ = reference_loss(config, [data[0].dataset.tokens(int(i)) for i in data[0].samples[order]])
+    return loss, norm
+
+
+def test_the_first_step_s_loss_and_gradient_norm_are_those_of_its_samples_one_by_one(
+    runs: Runs, straight: Told
+) -> None:
+    loss, norm = first_step(runs.config("straight"))
     assert straight.steps[1].loss == pytest.approx(loss, rel=1e-6)
     assert straight.steps[1].grad_norm == pytest.approx(norm, rel=1e-5)
 
@@ -179,14 +187,19 @@ def test_padded_batches_train_the_same(runs: Runs, straight: Told) -> None:
 
 
 def test_by_length_walks_the_shorter_half_and_then_the_longer(runs: Runs) -> None:
-    changes = {"strategy": "ByLength", "epochs": 1}
+    changes = {"strategy": "ByLength", "epochs": 2}
     assert runs.run("by-length", changes=changes).code == ExitCode.COMPLETED
     steps = list(runs.told("by-length").steps.values())
     config = runs.config("by-length", changes)
-    data, _ = open_data(config, prepared_job(config))
-    assert {step.phase for step in steps} == {"shorter", "longer"}
+    (shorter, longer), held_out = open_data(config, prepared_job(config))
+    assert [phase for phase, _ in groupby(step.phase for step in steps)] == ["shorter", "longer"]
     assert [step.samples_digest for step in steps] == list(expected_digests(config))
-    assert max(data[0].dataset.lengths[data[0].samples]) <= min(data[1].dataset.lengths[data[1].samples])
+    lengths = shorter.dataset.lengths
+    assert max(lengths[shorter.samples]) <= min(lengths[longer.samples])
+    assert 0 <= len(shorter.samples) - len(longer.samples) <= 1
+    everything = [*shorter.samples, *longer.samples, *held_out[0].samples]
+    assert sorted(everything) == list(range(len(shorter.dataset)))
+    assert steps[-1].samples == 2 * (len(shorter.samples) + len(longer.samples))
 
 
 def test_stacked_mixes_all_phases_in_one(runs: Runs) -> None:
@@ -197,6 +210,49 @@ def test_stacked_mixes_all_phases_in_one(runs: Runs) -> None:
     told = runs.told("stacked")
     assert {step.phase for step in told.steps.values()} == {"stacked"}
     assert told.steps[max(told.steps)].samples == len(data[0].samples)
+
+
+def events(uri: str) -> list[dict[str, Any]]:
+    """Of a run's first attempt."""
+    return [json.loads(line) for line in Store.open(uri).get(names.events(1)).splitlines()]
+
+
+def test_a_model_that_mixes_packed_samples_is_trained_padded_and_says_so_or_refused(
+    gang: Gangs, tmp_path: Path
+) -> None:
+    runs = Runs(gang, make_base(tmp_path, architecture="falcon", alibi=False), tmp_path)
+    ending = runs.run("refused", changes={"batch": {"packing": "Packed"}})
+    assert ending.code == ExitCode.CONFIGURATION
+    cause = "no backend keeps packed samples apart ("
+    assert ending.message.startswith(
+        f"spec.batch.packing: FalconForCausalLM cannot be trained packed: {cause}sample_sdpa: "
+    )
+    assert ending.message.endswith(". Set Auto or Padded")
+
+    assert runs.run("padded", 2).code == ExitCode.COMPLETED
+    (started,) = (event for event in events(runs.uri("padded")) if event["event"] == "started")
+    assert started["packing"] == "Padded"
+    assert started["attentionReason"].startswith(cause)
+    assert started["attentionReason"].endswith("; padded batches, one sample a row")
+    loss, norm = first_step(runs.config("padded"))
+    first = runs.told("padded").steps[1]
+    assert (first.loss, first.grad_norm) == (pytest.approx(loss, rel=1e-6), pytest.approx(norm, rel=1e-5))
+
+
+def test_a_model_with_experts_is_trained_with_its_balance_loss_and_says_so(gang: Gangs, tmp_path: Path) -> None:
+    experts = {"num_local_experts": 4, "output_router_logits": True, "router_aux_loss_coef": 1.0}
+    runs = Runs(gang, make_base(tmp_path, architecture="mixtral", **experts), tmp_path)
+    assert runs.run("alone").code == ExitCode.COMPLETED
+    alone = runs.told("alone")
+    (words,) = (event["text"] for event in events(runs.uri("alone")) if event["event"] == "message")
+    assert words.startswith("the config asks for a router auxiliary loss (coefficient 1.0): it is added")
+    loss, norm = first_step(runs.config("alone"))
+    assert alone.steps[1].loss == pytest.approx(loss, rel=1e-6)
+    assert alone.steps[1].grad_norm != pytest.approx(norm, rel=1e-2)
+    changes = {"trainer": {"zeroStage": 3, "activationCheckpointing": True}}
+    assert runs.run("together", 2, changes, Script(stop_in=3)).code == ExitCode.PREEMPTED
+    assert runs.run("together", 2, changes).code == ExitCode.COMPLETED
+    same_training(runs.told("together"), alone, 1e-5)
 
 
 def test_bf16_trains_on_every_stage_with_the_same_samples(runs: Runs, straight: Told) -> None:

@@ -246,7 +246,7 @@ def position(schedule: Schedule, cursor: Cursor, saver: Saver) -> dict[str, obje
 
 def choose_packing(config: RunConfig, model: PreTrainedModel, ranks: Ranks) -> tuple[Packing, str, str]:
     """Packed where the attention keeps samples apart, else padded; with the attention and why it was taken."""
-    asked = config.packing
+    asked, reasons = config.packing, []
     if asked is not Packing.PADDED:
         choice = choose_attention(model, config.trainer.attention, ranks.device)
         if choice.keeps_samples_apart:
@@ -257,8 +257,9 @@ def choose_packing(config: RunConfig, model: PreTrainedModel, ranks: Ranks) -> t
                 f"{type(model).__name__} cannot be trained packed: {choice.reason}. Set Auto or Padded",
                 path="spec.batch.packing",
             )
+        reasons.append(choice.reason)
     choice = padded_attention(model, config.trainer.attention)
-    return Packing.PADDED, choice.backend, choice.reason
+    return Packing.PADDED, choice.backend, "; ".join([*reasons, choice.reason])
 
 
 def footprint_of(config: RunConfig, numbers: ModelNumbers, ranks: Ranks) -> Footprint:
