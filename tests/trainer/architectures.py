@@ -65,8 +65,10 @@ UNPACKABLE: dict[str, dict[str, Any]] = {
 """Attention or recurrence of their own, through which packed samples see each other: padded only."""
 
 
-def tiny_model(architecture: str, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> PreTrainedModel:
-    """A model whose weights are large enough for its logits to depend on every token it sees."""
+def tiny_model(
+    architecture: str, dtype: torch.dtype = torch.float32, seed: int = 0, gain: float = 3.0, **changes: Any
+) -> PreTrainedModel:
+    """A model whose weights are large enough, by `gain`, for its logits to depend on every token it sees."""
     known = {**PACKABLE, **UNPACKABLE}[architecture]
     logging.set_verbosity_error()
     torch.manual_seed(seed)
@@ -75,7 +77,7 @@ def tiny_model(architecture: str, dtype: torch.dtype = torch.float32, seed: int 
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
-                parameter.mul_(3)
+                parameter.mul_(gain)
             parameter.data = parameter.data.to(dtype)
     return model
 
