@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from sft_api.report import Termination
 from sft_api.run import ExitCode, RunConfig
 from sft_trainer.__main__ import parser, prepare
 from sft_trainer.checkpoint import list_checkpoints
@@ -22,7 +24,7 @@ from sft_trainer.schedule import Schedule
 from sft_trainer.split import open_data
 from sft_trainer.store import Store
 from tests.gang import Gangs
-from tests.trainer.runs import Script, attempt, make_base, make_run, read_run
+from tests.trainer.runs import Script, attempt, make_base, make_run, read_run, write_conversations
 
 PODS = 2
 SECONDS = 300
@@ -77,6 +79,29 @@ def test_a_stop_ends_a_preparation_that_waits_for_its_store(base: Path, tmp_path
     assert out == f"Preempted (exit code 30): {said}\n"
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_preparation_that_is_ended_leaves_no_process_and_no_data_that_looks_whole(
+    base: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    config = make_run(base, f"file://{tmp_path}/out")
+    texts = write_conversations(tmp_path / "many.jsonl", 20_000, 1)
+    many = config.phases[0].data[0].model_copy(update={"uri": f"file://{texts}"})
+    config.phases[0].data[0] = many
+    config = config.model_copy(update={"prepared_data_uri": f"file://{tmp_path}/elsewhere"})
+    command = [sys.executable, "-m", "sft_trainer", "prepare", str(write(tmp_path, config)), "--processes", "2"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        await_line(process, "preparing one: ")
+        started = [os.pidfd_open(pid) for pid in descendants(process.pid)]
+        process.send_signal(number)
+        process.wait(SECONDS)
+        for pid in started:
+            assert select.select([pid], [], [], 60)[0], "a process lives on"
+            os.close(pid)
+    assert process.returncode == (ExitCode.PREEMPTED if number == signal.SIGTERM else -number)
+    assert len(started) > 2
+    assert not list((tmp_path / "elsewhere").rglob("COMPLETE"))
+
+
 def test_a_command_that_is_told_to_stop_while_it_imports_has_heard_it() -> None:
     command = [sys.executable, "-X", "importtime", "-m", "sft_trainer", "prepare", "no-such-run.json"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
@@ -126,6 +151,12 @@ def children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
+def descendants(pid: int) -> Iterator[int]:
+    for child in children(pid):
+        yield child
+        yield from descendants(child)
+
+
 def test_pods_that_are_stopped_and_killed_end_with_the_parameters_of_one_machine(
     gang: Gangs, base: Path, tmp_path: Path
 ) -> None:
@@ -159,3 +190,40 @@ def test_pods_that_are_stopped_and_killed_end_with_the_parameters_of_one_machine
     assert pieced.attempt == 3
     assert (pieced.step, pieced.parameters_digest) == (whole.step, whole.parameters_digest)
     assert pieced.verified
+
+
+def test_a_rank_that_is_stopped_is_found_out_and_ranks_end_with_a_killed_launcher(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = tmp_path / "termination-log"
+    log.touch()
+    monkeypatch.setenv("SFT_TERMINATION_LOG", str(log))
+    uri = f"file://{tmp_path}/out"
+    config = make_run(base, uri, {"epochs": 12, "lifecycle": {"hangTimeoutSeconds": 10}})
+    command = [sys.executable, "-m", "sft_trainer", "train", str(write(tmp_path, config)), "--processes", "2"]
+
+    errors = tmp_path / "errors"
+    with (
+        errors.open("w") as stream,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stream, text=True) as hung,
+    ):
+        await_line(hung, "step 4 ")
+        os.kill(children(hung.pid)[1], signal.SIGSTOP)
+        ends([hung])
+    assert hung.returncode == ExitCode.HUNG
+    said = Termination.model_validate_json(log.read_text())
+    assert (said.exit_code, said.reason, said.rank) == (ExitCode.HUNG, "Hung", 1)
+    assert "has not ended within 10 s on rank 1; its process is stopped (SIGSTOP)" in said.message
+    _, *stacks = errors.read_text().split("── rank ")
+    assert [told[0] for told in stacks] == ["0", "1"]
+    assert all("in train\n" in told and "/sft_trainer/train.py" in told for told in stacks)
+
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as orphaning:
+        await_line(orphaning, "attempt 2: ")
+        ranks = [os.pidfd_open(pid) for pid in children(orphaning.pid)]
+        orphaning.kill()
+        for rank in ranks:
+            assert select.select([rank], [], [], 60)[0], "a rank lives on without its launcher"
+            os.close(rank)
+    assert len(ranks) == 2
+    assert list_checkpoints(Store.open(uri), verify=True)[-1].verified

@@ -268,6 +268,18 @@ def test_a_gang_that_comes_to_no_end_shows_its_stacks_and_the_rank_that_was_stop
         assert "in upload" in stacks  # another thread of it
 
 
+def test_a_process_that_is_stopped_has_no_patience(tmp_path: Path) -> None:
+    body = """
+        at("waiting for a commit", 600)
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        signal.pause()
+    """
+    outcome = launch(2, script(tmp_path, body), tmp_path, Limits(1, 600, stacks_seconds=1))
+    assert (outcome.code, outcome.rank) == (ExitCode.HUNG, 1)
+    assert outcome.message.startswith("waiting for a commit has not ended within 1 s on rank 1; its process is stopped")
+
+
 def test_what_has_a_patience_of_its_own_is_no_hang_before_that(tmp_path: Path) -> None:
     body = """
         at("waiting for a commit", 600)

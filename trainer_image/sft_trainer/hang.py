@@ -30,20 +30,25 @@ class Hang:
 
 
 def find_hang(ranks: Ranks, work: Path, timeout: float) -> Hang | None:
-    """The rank that has been at one thing for the longest, if that is too long; a stopped process before others."""
+    """The rank that has been at one thing for the longest, if that is too long; a stopped process before others.
+
+    What may take longer than the time-out, as the wait for a commit, may do so only while the process runs.
+    """
     now = time.monotonic()
     beats = {
         rank: beat for rank, process in ranks.items() if process.poll() is None and (beat := read_beat(work, rank))
     }
-    overdue = [rank for rank, beat in beats.items() if now - beat.since > max(timeout, beat.patience)]
+    late = [rank for rank, beat in beats.items() if now - beat.since > timeout]
+    stopped = {rank for rank in late if is_stopped(ranks[rank])}
+    overdue = [rank for rank in late if rank in stopped or now - beats[rank].since > beats[rank].patience]
     if not overdue:
         return None
-    rank = min(overdue, key=lambda rank: (not is_stopped(ranks[rank]), beats[rank].since))
+    rank = min(overdue, key=lambda rank: (rank not in stopped, beats[rank].since))
     beat = beats[rank]
-    limit = max(timeout, beat.patience)
-    stopped = "; its process is stopped (SIGSTOP)" if is_stopped(ranks[rank]) else ""
+    limit = timeout if rank in stopped else max(timeout, beat.patience)
+    why = "; its process is stopped (SIGSTOP)" if rank in stopped else ""
     message = (
-        f"{beat.stage} has not ended within {limit:,.0f} s on rank {rank}{stopped}. The stacks of this machine's ranks"
+        f"{beat.stage} has not ended within {limit:,.0f} s on rank {rank}{why}. The stacks of this machine's ranks"
         " are in the log; spec.lifecycle.hangTimeoutSeconds must be longer than the longest step, validation or export"
     )
     return Hang(rank, beat, message)

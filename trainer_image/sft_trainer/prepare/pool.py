@@ -7,7 +7,9 @@ tokenizer and a template, and import no training library.
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
+import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -129,7 +131,16 @@ def _start(spec: EncoderSpec) -> None:
     global _encoder
     # Ctrl-C goes to the whole process group; the parent alone decides.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, name="end with parent", daemon=True).start()
     _encoder = Encoder(spec)
+
+
+def _end_with_parent() -> None:
+    """The pool's own pipes never say that the parent was killed: their other ends are open in every worker."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _work(chunk: Chunk) -> Encoded:
