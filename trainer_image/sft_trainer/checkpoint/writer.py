@@ -162,13 +162,15 @@ class CheckpointWriter:
         try:
             self._upload_and_commit(save)
         except BaseException as error:  # raised again on the training thread
-            self._failure = self._cause(error) if isinstance(error, Exception) else error
+            self._failure = self._cause(error)
             self._on_problem(str(self._failure))
         finally:
             save.staged.unlink(missing_ok=True)
 
-    def _cause(self, error: Exception) -> Exception:
+    def _cause(self, error: BaseException) -> BaseException:
         """Why a save failed: a later attempt cleans up after this one, and then anything may be missing."""
+        if isinstance(error, Outage) or not isinstance(error, Exception):
+            return error  # a store that is away cannot be asked
         try:
             check_not_superseded(self._store, self._attempt)
         except RunError as cause:
