@@ -82,6 +82,7 @@ def chaos(folder: Path, faults: int, seed: int, processes: int, only: list[str] 
             log = disturb(worlds["disturbed"], faults, random.Random(seed), names, folder / "trainer.log")
             wait_until_quiet(folder)
         if log.faults < faults:
+            print(json.dumps(as_json(log), indent=1), file=sys.stderr)
             sys.exit(f"the run was complete after {log.faults} of {faults} faults: it is too short for them")
         return compared(seed, processes, log, sorted(set(FAULTS) - set(names)))
     finally:
