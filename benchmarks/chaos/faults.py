@@ -5,10 +5,12 @@ A fault that leaves the attempt running has to be ridden out: it ends nothing an
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import shutil
 import signal
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 KILLED = 128 + signal.SIGKILL
 ASLEEP = -signal.SIGSTOP
 """Not an exit code: the attempt's processes are stopped, and it counts as ended until the next has begun."""
+CORNER_BYTES, TOP_UP_SECONDS = 16_384, 0.02
 TRANSIENT = 4
 """Requests that a passing fault of the store meets: fewer than the client's patience."""
 
@@ -122,10 +125,20 @@ def lasting(name: str, how: Misbehaviour, *ends_with: int) -> Fault:
 
 @of("a full disk under the staging area", ExitCode.STORE_REFUSED)
 def fill_staging(attempt: Attempt, chance: random.Random) -> bool:
-    free = shutil.disk_usage(attempt.world.staging).free
-    with (attempt.world.staging / "ballast").open("wb") as file:
-        os.posix_fallocate(file.fileno(), 0, max(1, free - 16_384))
+    threading.Thread(target=keep_full, args=(attempt,), daemon=True).start()
     return True
+
+
+def keep_full(attempt: Attempt) -> None:
+    """Leave a corner until the attempt has ended; what the save under way gives back is taken too."""
+    staging, size = attempt.world.staging, 0
+    with (staging / "ballast").open("wb") as file:
+        while attempt.process.poll() is None:
+            if (more := shutil.disk_usage(staging).free - CORNER_BYTES) > 0:
+                with contextlib.suppress(OSError):  # the attempt was faster
+                    os.posix_fallocate(file.fileno(), size, more)
+                    size += more
+            threading.Event().wait(TOP_UP_SECONDS)
 
 
 # ── what is in the store ───────────────────────────────────────────────────────────────────────────────────────────
