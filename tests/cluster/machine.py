@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
-from tests.cluster.images import AUTHORITIES
+from tests.cluster.images import AUTHORITIES, ROOT
 from tests.cluster.layout import Layout
 from tests.cluster.node import controllers, hierarchies
 
@@ -30,6 +31,8 @@ def what_is_missing() -> str | None:
     absent_commands += [path for path in FILES if not Path(path).exists()]
     if absent_commands:
         return f"{absent_commands[0]} is not there: scripts/tools.sh installs it"
+    if hidden := [path for path in (ROOT, Path(sys.prefix)) if path.is_relative_to("/tmp")]:
+        return f"pods run this checkout's Python and have a /tmp of their own, which hides {hidden[0]}"
     if "memory" not in [path.name for path in controllers()]:
         return "this machine has no cgroup v1 hierarchies, which the cluster's nodes are made for"
     if subprocess.run(NAMESPACES, capture_output=True).returncode:
