@@ -34,7 +34,7 @@ from sft_trainer.store import Store
 from tests.s3 import S3Server
 from tests.trainer.runs import SPEC, make_base
 
-STEPS_PER_FAULT = 12
+STEPS_PER_FAULT = 24
 """More than a fault can take: the run must not be complete before the last has struck."""
 STAGING_BYTES = 64 * 1024 * 1024
 FULL_DISK = "a full disk under the staging area"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import random
@@ -24,6 +25,7 @@ from tests.s3 import S3Server
 
 LONGEST_ATTEMPT_SECONDS = 240.0
 POLL_SECONDS = 0.2
+SMALLEST_PIPE_BYTES = 4096
 OVERTAKEN = frozenset(
     (
         ExitCode.CONFIGURATION,  # its commit is refused
@@ -58,7 +60,7 @@ class World:
             | self.server.environment
             | {
                 "AWS_ENDPOINT_URL": self.gateway.endpoint,
-                "SFT_STORE_RETRY_SECONDS": "20",
+                "SFT_STORE_RETRY_SECONDS": "10",
                 "SFT_STAGING": str(self.staging),
                 "SFT_LOG_FORMAT": "json",
                 "OMP_NUM_THREADS": "1",
@@ -71,7 +73,7 @@ class Attempt:
     """One start of the trainer's launcher, and what it has said."""
 
     world: World
-    process: subprocess.Popen[str]
+    process: subprocess.Popen[bytes]
     events: list[Event] = field(default_factory=list)
     on_start: Callable[[], None] = lambda: None
     on_step: Callable[[int], None] = lambda number: None
@@ -86,11 +88,14 @@ class Attempt:
             process = subprocess.Popen(
                 [*command, "--processes", str(world.processes)],
                 env=world.environment,
+                bufsize=0,
                 stdout=subprocess.PIPE,
                 stderr=errors,
-                text=True,
                 start_new_session=True,
             )
+        assert process.stdout is not None
+        # Steps take milliseconds: with room for more than a few, the run would be far ahead of what we hear of it.
+        fcntl.fcntl(process.stdout, fcntl.F_SETPIPE_SZ, SMALLEST_PIPE_BYTES)
         attempt = cls(world, process)
         threading.Thread(target=attempt._listen, daemon=True).start()
         return attempt
@@ -232,7 +237,7 @@ def draw_between_attempts(
         fault = deck.draw()
         if not fault.between_attempts:
             return fault
-        nobody = Attempt(world, subprocess.Popen(["true"], stdout=subprocess.PIPE, text=True))
+        nobody = Attempt(world, subprocess.Popen(["true"]))
         nobody.process.wait()
         if fault.strike(nobody, chance):
             log.add(fault, "between attempts")
