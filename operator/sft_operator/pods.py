@@ -84,6 +84,9 @@ def pod_spec(job: SFTJob, settings: Settings, claims: tuple[str, ...], args: lis
         **({"serviceAccountName": account} if account else {}),
         "automountServiceAccountToken": False,
         "enableServiceLinks": False,
+        # Else the launcher is its container's first process, which has no default for SIGTERM: deleted while Python
+        # starts, a pod would stay for its whole grace period.
+        "shareProcessNamespace": True,
         "terminationGracePeriodSeconds": GRACE_SECONDS,
         "securityContext": {
             "runAsNonRoot": True,
