@@ -253,7 +253,10 @@ def test_a_gang_that_comes_to_no_end_shows_its_stacks_and_the_rank_that_was_stop
         def upload():
             threading.Event().wait()
         threading.Thread(target=upload, daemon=True).start()
-        at("step 16 (phase one)")
+        at("step 16 (phase one)", 600)  # until all are there
+        (work / f"here-{rank}").touch()
+        while not all((work / f"here-{other}").exists() for other in range(3)):
+            os.sched_yield()
         all_reduce()
     """
     outcome = launch(3, script(tmp_path, body), tmp_path, Limits(2, 600, stacks_seconds=1))

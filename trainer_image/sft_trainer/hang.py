@@ -30,7 +30,7 @@ class Hang:
 
 
 def find_hang(ranks: Ranks, work: Path, timeout: float) -> Hang | None:
-    """The rank that has been at one thing for the longest, if that is too long; a stopped process before others.
+    """The rank that has been at one thing for the longest, if that is too long; any that is stopped before others.
 
     What may take longer than the time-out, as the wait for a commit, may do so only while the process runs.
     """
@@ -39,11 +39,11 @@ def find_hang(ranks: Ranks, work: Path, timeout: float) -> Hang | None:
         rank: beat for rank, process in ranks.items() if process.poll() is None and (beat := read_beat(work, rank))
     }
     late = [rank for rank, beat in beats.items() if now - beat.since > timeout]
-    stopped = {rank for rank in late if is_stopped(ranks[rank])}
+    stopped = {rank for rank in beats if is_stopped(ranks[rank])} if late else set()
     overdue = [rank for rank in late if rank in stopped or now - beats[rank].since > beats[rank].patience]
     if not overdue:
         return None
-    rank = min(overdue, key=lambda rank: (rank not in stopped, beats[rank].since))
+    rank = min(stopped or overdue, key=lambda rank: beats[rank].since)
     beat = beats[rank]
     limit = timeout if rank in stopped else max(timeout, beat.patience)
     why = "; its process is stopped (SIGSTOP)" if rank in stopped else ""
