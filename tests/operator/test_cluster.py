@@ -327,11 +327,17 @@ def test_an_api_server_that_does_not_answer_is_not_waited_for_for_ever(
     monkeypatch.setattr(module, "CALL_SECONDS", 0.2)
 
     async def ask(cluster: Cluster) -> Any:
-        silent = await asyncio.start_server(lambda reader, writer: None, api.layout.loopback, 0)
+        held: list[asyncio.StreamWriter] = []
+        silent = await asyncio.start_server(lambda reader, writer: held.append(writer), api.layout.loopback, 0)
         async with silent:
             port = silent.sockets[0].getsockname()[1]
             cluster._api.configuration.host = f"http://{api.layout.loopback}:{port}"
-            return await cluster.groups()
+            try:
+                return await cluster.groups()
+            finally:
+                for writer in held:
+                    writer.close()
+                    await writer.wait_closed()
 
     error = refused(api, ask)
     assert error.status is None
