@@ -39,7 +39,7 @@ def start_held(lab: Lab, name: str, gang: str) -> Job:
             },
         },
     )
-    let_go(lab, lab.cluster.wait_for(f"{name} prepares", lambda: pods(job, role="prepare"), MINUTES)[0])
+    let_go(lab, lab.cluster.wait_for(f"{name} prepares", lambda: pods(job, role="prepare") or None, MINUTES)[0])
     lab.cluster.wait_for(f"the pods of {name}", lambda: len(pods(job)) == 2, 2 * MINUTES)
     return job
 
