@@ -94,6 +94,16 @@ def test_every_python_module_exists(document: Path) -> None:
 
 
 @parametrize_documents()
+def test_every_pytest_command_selects_tests(document: Path) -> None:
+    for words in commands(document):
+        if words[:3] == ["python", "-m", "pytest"]:
+            files = [ROOT / word for word in words[3:] if word.startswith("tests/")]
+            names = [name for file in files for name in re.findall(r"^def (test_\w+)", file.read_text(), re.MULTILINE)]
+            wanted = words[words.index("-k") + 1].split(" or ") if "-k" in words else [""]
+            assert all(any(part in name for name in names) for part in wanted), words
+
+
+@parametrize_documents()
 def test_every_file_named_exists(document: Path) -> None:
     manifests = [words[2] for words in example_commands(document) if words[0] == "sft"]
     for name in inline(document) + manifests:
